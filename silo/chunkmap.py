@@ -1,0 +1,223 @@
+"""What is known of every chunk of a volume, in one byte per chunk.
+
+========  ====================  =================================================================
+bits      name                  meaning
+========  ====================  =================================================================
+0-2       residency             where the newest content is, see `Residency`
+3         ``LOCKED``            in transition: an asynchronous device phase owns the chunk
+4         ``FROZEN``            the cut in progress still needs the old content on the device
+5         ``SYNC_DIRTY``        changed since the sync recorder's last take
+6         ``SYNC_IN_CUT``       taken for a cut whose commit is not known
+7         ``MIGRATION_DIRTY``   changed since the migration recorder's last take
+========  ====================  =================================================================
+
+One byte, because the guest's path must decide with one load and mark with one store. The bytes may live in
+a shared mapping, so that they survive the death of the process; ``LOCKED`` and ``FROZEN`` speak of the
+process itself and mean nothing to the next one (see `after_restart`).
+
+Beside the states there is a summary: for every window of 4096 chunks, which dirty bits occur in it, so that
+taking the dirty chunks of a large volume costs what was written, not what exists. A summary bit may be set
+without need, never missing.
+
+Nothing here waits, does I/O or knows about time. The owner of the map is the `silo.volume.Volume`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from silo.errors import InvalidRequestError
+
+__all__ = [
+    "DIRTY_BITS",
+    "FROZEN",
+    "LOCKED",
+    "MIGRATION_DIRTY",
+    "RESIDENCY_MASK",
+    "SYNC_DIRTY",
+    "SYNC_IN_CUT",
+    "WINDOW",
+    "ChunkMap",
+    "Indices",
+    "Residency",
+    "after_restart",
+    "indices_of",
+    "runs_of",
+]
+
+Indices = npt.NDArray[np.int64]
+
+
+class Residency(enum.IntEnum):
+    """Where the newest content of a chunk is. The order matters: from ``ZERO`` on it is known locally."""
+
+    ABSENT_STORE = 0
+    """Only in the store."""
+    ABSENT_PEER = 1
+    """Only at the source of a migration. Never to be read from the store: that would be older."""
+    ZERO = 2
+    """All zeros, and the device reads as zeros too."""
+    ZERO_UNPUNCHED = 3
+    """All zeros, while the device still holds other bytes."""
+    PRESENT = 4
+    """On the device."""
+
+
+RESIDENCY_MASK = 0x07
+LOCKED = 0x08
+FROZEN = 0x10
+SYNC_DIRTY = 0x20
+SYNC_IN_CUT = 0x40
+MIGRATION_DIRTY = 0x80
+DIRTY_BITS = SYNC_DIRTY | SYNC_IN_CUT | MIGRATION_DIRTY
+
+WINDOW_SHIFT = 12
+WINDOW = 1 << WINDOW_SHIFT
+
+
+def runs_of(indices: Indices) -> list[tuple[int, int]]:
+    """Ascending chunk indices as ``(first, limit)`` runs of neighbours."""
+    if len(indices) == 0:
+        return []
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    firsts = indices[np.concatenate(([0], breaks))]
+    lasts = indices[np.concatenate((breaks - 1, [len(indices) - 1]))]
+    return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
+
+
+def indices_of(runs: Iterable[tuple[int, int]]) -> Indices:
+    """The inverse of `runs_of`."""
+    parts = [np.arange(first, limit, dtype=np.int64) for first, limit in runs]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def after_restart(states: npt.NDArray[np.uint8]) -> None:
+    """Make the bytes that a dead process left meaningful again, in place.
+
+    Nothing is in transition any more, no cut needs old content, and what was taken for a cut is dirty again
+    because nobody knows whether the commit happened.
+    """
+    taken = (states & SYNC_IN_CUT) >> 1
+    states &= np.uint8(0xFF & ~(LOCKED | FROZEN | SYNC_IN_CUT))
+    states |= taken
+
+
+class ChunkMap:
+    """The states of all chunks. Single-chunk access goes to ``states`` directly; many chunks go through methods.
+
+    ``buffer`` holds one byte per chunk and is used in place. Whoever sets a dirty bit in ``states`` directly
+    must also set it in ``summary[chunk >> WINDOW_SHIFT]``.
+    """
+
+    __slots__ = ("count", "states", "summary", "view")
+
+    def __init__(self, buffer: bytearray | memoryview, count: int) -> None:
+        if len(buffer) != count:
+            raise InvalidRequestError(f"{count} chunks need {count} bytes of state, not {len(buffer)}")
+        self.count = count
+        self.states = memoryview(buffer)
+        self.view: npt.NDArray[np.uint8] = np.frombuffer(buffer, dtype=np.uint8)
+        self.summary = bytearray((count + WINDOW - 1) >> WINDOW_SHIFT)
+        self._summarise()
+
+    @classmethod
+    def filled(cls, count: int, residency: Residency) -> ChunkMap:
+        """A map in memory with every chunk clean and in one residency."""
+        buffer = bytearray(count) if residency == 0 else bytearray([residency]) * count
+        return cls(buffer, count)
+
+    def _summarise(self) -> None:
+        for window, states in self._windows(0, self.count):
+            self.summary[window] = int(np.bitwise_or.reduce(states)) & DIRTY_BITS
+
+    def _windows(self, first: int, limit: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        for window in range(first >> WINDOW_SHIFT, (limit + WINDOW - 1) >> WINDOW_SHIFT):
+            low, high = max(first, window << WINDOW_SHIFT), min(limit, (window + 1) << WINDOW_SHIFT)
+            yield window, self.view[low:high]
+
+    def residency(self, chunk: int) -> Residency:
+        """The residency of one chunk."""
+        return Residency(self.states[chunk] & RESIDENCY_MASK)
+
+    def set_residency(self, chunk: int, residency: Residency) -> None:
+        """Change the residency of one chunk and leave its other bits alone."""
+        self.states[chunk] = self.states[chunk] & ~RESIDENCY_MASK | residency
+
+    def set_residency_run(self, first: int, limit: int, residency: Residency) -> None:
+        """Change the residency of a run of chunks and leave their other bits alone."""
+        states = self.view[first:limit]
+        states &= 0xFF & ~RESIDENCY_MASK
+        states |= residency
+
+    def mark(self, chunk: int, bits: int) -> None:
+        """Set dirty bits of one chunk."""
+        self.states[chunk] |= bits
+        self.summary[chunk >> WINDOW_SHIFT] |= bits & DIRTY_BITS
+
+    def mark_run(self, first: int, limit: int, bits: int) -> None:
+        """Set dirty bits of a run of chunks."""
+        for window, states in self._windows(first, limit):
+            states |= bits
+            self.summary[window] |= bits & DIRTY_BITS
+
+    def mark_many(self, indices: Indices, bits: int) -> None:
+        """Set dirty bits of any chunks."""
+        self.view[indices] |= np.uint8(bits)
+        for window in np.unique(indices >> WINDOW_SHIFT):
+            self.summary[int(window)] |= bits & DIRTY_BITS
+
+    def clear_many(self, indices: Indices, bits: int) -> None:
+        """Clear bits of any chunks."""
+        self.view[indices] &= np.uint8(0xFF & ~bits)
+
+    def select(self, mask: int, value: int, first: int = 0, limit: int | None = None) -> Indices:
+        """Ascending indices of the chunks whose state, masked, equals ``value``.
+
+        Reads every byte between ``first`` and ``limit``: about 1 ms per million chunks.
+        """
+        stop = self.count if limit is None else limit
+        return np.flatnonzero((self.view[first:stop] & mask) == value) + first
+
+    def select_dirty(self, bits: int) -> Indices:
+        """Ascending indices of the chunks with any of the dirty ``bits``; costs what is dirty, not what exists."""
+        parts = []
+        for window, seen in enumerate(self.summary):
+            if seen & bits:
+                low = window << WINDOW_SHIFT
+                found = np.flatnonzero(self.view[low : low + WINDOW] & bits)
+                if len(found):
+                    parts.append(found + low)
+                self.summary[window] = seen & ~bits if not len(found) else seen
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+    def count_dirty(self, bits: int) -> int:
+        """How many chunks have any of the dirty ``bits``."""
+        total = 0
+        for window, seen in enumerate(self.summary):
+            if seen & bits:
+                low = window << WINDOW_SHIFT
+                total += int(np.count_nonzero(self.view[low : low + WINDOW] & bits))
+        return total
+
+    def count_residency(self) -> dict[Residency, int]:
+        """How many chunks are in each residency. Reads every byte."""
+        totals = np.zeros(RESIDENCY_MASK + 1, dtype=np.int64)
+        step = WINDOW << 8
+        for low in range(0, self.count, step):
+            totals += np.bincount(self.view[low : low + step] & RESIDENCY_MASK, minlength=RESIDENCY_MASK + 1)
+        return {residency: int(totals[residency]) for residency in Residency}
+
+    def residency_runs(self, first: int, limit: int) -> list[tuple[int, int, Residency]]:
+        """``(first, limit, residency)`` of neighbouring chunks in the same residency, covering the given run."""
+        if limit <= first:
+            return []
+        values = self.view[first:limit] & RESIDENCY_MASK
+        edges = np.concatenate(([0], np.flatnonzero(np.diff(values)) + 1, [limit - first]))
+        return [
+            (int(low) + first, int(high) + first, Residency(int(values[low])))
+            for low, high in zip(edges[:-1], edges[1:], strict=True)
+        ]

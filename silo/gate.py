@@ -1,0 +1,84 @@
+"""The gate of a group: whether guest requests may reach the devices.
+
+::
+
+    OPEN ──close_and_drain──► CLOSED ──reopen──► OPEN
+      └───────────fail(error)──────┴──► FAILED          for ever: every request ends with the error
+
+One gate serves all volumes of a group, so that they stop at one instant. ``is_open`` is a plain attribute for the
+synchronous path. An asynchronous mutation holds a *device phase* around the device call and nothing else: it
+checks the gate again, with no await between, before it enters the phase. So closing the gate needs to wait
+only for device phases, and a request that waits for hydration when the gate closes will wait at the gate
+afterwards.
+
+A closed gate stops reads too: after a handover another host may have newer content.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from silo.errors import SiloError
+
+__all__ = ["Gate"]
+
+
+class Gate:
+    """See the module. Not thread-safe: it belongs to the group's event loop."""
+
+    def __init__(self, *, is_open: bool = True) -> None:
+        self.is_open = is_open
+        self.error: SiloError | None = None
+        self._phases = 0
+        self._opened = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._drained.set()
+        if is_open:
+            self._opened.set()
+
+    async def wait_open(self) -> None:
+        """Return when the gate is open; raise the gate's error when it has failed.
+
+        No deadline: how long a switchover may take is the migration's decision, which ends in `reopen` or `fail`.
+        """
+        while not self.is_open:
+            if self.error is not None:
+                raise self.error
+            await self._opened.wait()
+
+    @contextmanager
+    def device_phase(self) -> Iterator[None]:
+        """Around one asynchronous device mutation. Enter without an await after seeing the gate open."""
+        self._phases += 1
+        self._drained.clear()
+        try:
+            yield
+        finally:
+            self._phases -= 1
+            if self._phases == 0:
+                self._drained.set()
+
+    async def close_and_drain(self) -> None:
+        """Admit nothing more, and return when no device phase is left. Twice is harmless.
+
+        After a cancellation the gate stays closed; the caller decides what follows. The wait is bounded by the
+        devices' own calls, which cannot be shortened.
+        """
+        self.is_open = False
+        self._opened.clear()
+        await self._drained.wait()
+
+    def reopen(self) -> None:
+        """Admit requests again. A failed gate stays failed."""
+        if self.error is None:
+            self.is_open = True
+            self._opened.set()
+
+    def fail(self, error: SiloError) -> None:
+        """End every waiting and every later request with ``error``. The first error stays."""
+        if self.error is None:
+            self.error = error
+        self.is_open = False
+        self._opened.set()
