@@ -1,0 +1,1 @@
+"""What stands above a volume: the ways in which a guest reaches it."""
