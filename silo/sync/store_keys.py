@@ -1,0 +1,63 @@
+"""Which keys and byte ranges an object store accepts: the same everywhere, so that a key that works on one
+store works on all of them.
+
+A key is one or more components joined by ``/``. A component holds the characters that S3 documents as safe
+(letters, digits and ``! - _ . * ' ( )``), is neither ``.`` nor ``..``, and is short enough to be a file name.
+Everything here is pure; the stores call it before anything else.
+"""
+
+from __future__ import annotations
+
+import re
+
+from silo.errors import InvalidRequestError
+
+__all__ = ["COMPONENT_SIZE_MAX", "KEY_SIZE_MAX", "check_key", "check_prefix", "check_range", "clip_range"]
+
+COMPONENT_SIZE_MAX = 255
+"""NAME_MAX of every Linux file system that matters."""
+
+KEY_SIZE_MAX = 768
+"""S3 allows 1024 bytes; the difference is left for the prefix of the store's URL."""
+
+_COMPONENT = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9!_.*'()-]{1,255}"
+_KEY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*\Z")
+_HINT = "components of letters, digits and !-_.*'() joined by '/', none of them empty, '.' or '..'"
+
+
+def check_key(key: str) -> None:
+    """Raise `InvalidRequestError` unless ``key`` may name an object."""
+    if len(key) > KEY_SIZE_MAX or _KEY.match(key) is None:
+        raise InvalidRequestError(f"{key[:80]!r} is not a key", hint=_HINT)
+
+
+def check_prefix(prefix: str) -> None:
+    """Raise `InvalidRequestError` unless some key could start with ``prefix``. The empty one starts them all.
+
+    A prefix is a string, not a directory: ``seg`` is a prefix of ``segments/1``.
+    """
+    if not prefix or (len(prefix) <= KEY_SIZE_MAX and _KEY.match(prefix)):
+        return
+    # One more character turns an unfinished component ("a/", "a/.") into a finished one.
+    if len(prefix) >= KEY_SIZE_MAX or _KEY.match(prefix + "_") is None:
+        raise InvalidRequestError(f"{prefix[:80]!r} is not the start of any key", hint=_HINT)
+
+
+def check_range(start: int, length: int | None) -> None:
+    """Raise `InvalidRequestError` for a range that is wrong whatever the size of the object."""
+    if start < 0 or (length is not None and length <= 0):
+        raise InvalidRequestError(f"range {start}+{length} is not usable", hint="take start >= 0 and length > 0")
+
+
+def clip_range(start: int, length: int | None, size: int) -> int:
+    """How many bytes a range really has in an object of ``size`` bytes.
+
+    Raises `InvalidRequestError` when it starts at or past the end, except that the whole of an empty object
+    may be read.
+    """
+    check_range(start, length)
+    if length is None and start == 0:
+        return size
+    if start >= size:
+        raise InvalidRequestError(f"range starts at {start}, but the object has {size} bytes")
+    return size - start if length is None else min(length, size - start)
