@@ -151,7 +151,7 @@ class ChunkMap:
         """Change the residency of a run of chunks and leave their other bits alone."""
         states = self.view[first:limit]
         states &= 0xFF & ~RESIDENCY_MASK
-        states |= residency
+        states |= np.uint8(residency)
 
     def mark(self, chunk: int, bits: int) -> None:
         """Set dirty bits of one chunk."""

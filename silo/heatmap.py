@@ -12,6 +12,8 @@ calls `advance` about once a second; between two calls requests count as simulta
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import numpy.typing as npt
 
@@ -39,8 +41,8 @@ class HeatMap:
             raise InvalidRequestError("the half-life of heat must be positive")
         self.read_view: npt.NDArray[np.float32] = np.zeros(count, dtype=np.float32)
         self.write_view: npt.NDArray[np.float32] = np.zeros(count, dtype=np.float32)
-        self.reads = memoryview(self.read_view)
-        self.writes = memoryview(self.write_view)
+        self.reads = cast("memoryview[float]", self.read_view.data)
+        self.writes = cast("memoryview[float]", self.write_view.data)
         self.weight = 1.0
         self._landmark = now
         self._half_life_s = half_life_s

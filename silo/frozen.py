@@ -1,0 +1,221 @@
+"""A cut: the state that all volumes of a group had at one instant, readable while the guest writes on.
+
+`silo.group.Group.take` makes a `Cut` in one synchronous step. For each volume it knows which chunks were
+dirty and held data (``data``) and which were dirty and zero (``zeros``). A data chunk stays *frozen* until
+its content has been captured: by the uploader (`VolumeCut.read`, then `release`), or by the volume, which
+copies the old content aside before it overwrites it (copy-before-write).
+
+Copies live in memory up to a limit, then in an unlinked temporary file up to another. When both are full the
+guest is not made to wait: the cut is given up (``overflowed``), every chunk thaws, and the syncer must
+`abandon` it, which makes all of its chunks dirty again.
+
+A write that was in a device phase at the instant of the cut was not acknowledged, so any part of it may be
+in the cut. The volume marks its chunks dirty again when it ends.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import IO
+
+import attrs
+
+from silo.abc import BlockDevice, Buffer
+from silo.chunkmap import FROZEN, ChunkMap, Indices, runs_of
+from silo.dirtymap import freeze, restore, settle, take_sync
+from silo.errors import InvariantError
+from silo.geometry import Geometry
+
+__all__ = ["CopySpace", "Cut", "VolumeCut"]
+
+
+class CopySpace:
+    """Bounded room for chunk contents: memory first, then a temporary file in ``directory``."""
+
+    def __init__(self, *, memory_limit: int, spill_limit: int, directory: str | None = None) -> None:
+        self._memory_left = memory_limit
+        self._spill_left = spill_limit
+        self._directory = directory
+        self._file: IO[bytes] | None = None
+        self._end = 0
+        self.used = 0
+
+    def put(self, content: bytes) -> bytes | tuple[int, int] | None:
+        """Keep ``content``; the result goes to `get` and `drop`. ``None`` when there is no room."""
+        size = len(content)
+        if size <= self._memory_left:
+            self._memory_left -= size
+            self.used += size
+            return content
+        if size > self._spill_left:
+            return None
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(prefix="silo-copies-", dir=self._directory)  # noqa: SIM115
+        try:
+            written = os.pwrite(self._file.fileno(), content, self._end)
+        except OSError:
+            return None  # a full disk is one more way of having no room
+        if written != size:
+            return None
+        place = (self._end, size)
+        self._end += size
+        self._spill_left -= size
+        self.used += size
+        return place
+
+    def get(self, kept: bytes | tuple[int, int]) -> bytes:
+        """The content that `put` kept."""
+        if isinstance(kept, bytes):
+            return kept
+        if self._file is None:
+            raise InvariantError("a spilled copy outlived its file")
+        offset, size = kept
+        content = os.pread(self._file.fileno(), size, offset)
+        if len(content) != size:
+            raise InvariantError("a spilled copy is shorter than what was written")
+        return content
+
+    def drop(self, kept: bytes | tuple[int, int]) -> None:
+        """Give memory back. Room in the file comes back when the cut ends, as the file is only appended to."""
+        if isinstance(kept, bytes):
+            self._memory_left += len(kept)
+            self.used -= len(kept)
+
+    def close(self) -> None:
+        """Release everything. Twice is harmless."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class VolumeCut:
+    """One volume's part of a cut. The volume calls `save`; the uploader calls `read` and `release`."""
+
+    def __init__(
+        self,
+        name: str,
+        geometry: Geometry,
+        device: BlockDevice,
+        chunks: ChunkMap,
+        space: CopySpace,
+        on_overflow: Callable[[], None],
+    ) -> None:
+        self.name = name
+        self.geometry = geometry
+        self._device = device
+        self._chunks = chunks
+        self._space = space
+        self._on_overflow = on_overflow
+        self._copies: dict[int, bytes | tuple[int, int]] = {}
+        present, zero = take_sync(chunks)
+        freeze(chunks, present)
+        self.data: Indices = present
+        self.zeros: list[tuple[int, int]] = runs_of(zero)
+
+    def save(self, chunk: int, content: Buffer) -> None:
+        """Keep the old content of a frozen chunk, which then thaws. Synchronous: the write follows at once."""
+        kept = self._space.put(bytes(content))
+        if kept is None:
+            self._on_overflow()
+            return
+        self._copies[chunk] = kept
+        self._chunks.states[chunk] &= ~FROZEN & 0xFF
+
+    async def read(self, chunk: int) -> Buffer:
+        """The content that a ``data`` chunk had at the instant of the cut, as bytes that nobody will change.
+
+        Concurrent calls are allowed. Cancellation leaves nothing behind. Not after `release` of the chunk, nor
+        once the cut has overflowed.
+        """
+        kept = self._copies.get(chunk)
+        if kept is not None:
+            return self._space.get(kept)
+        if not self._chunks.states[chunk] & FROZEN:
+            raise InvariantError(
+                f"chunk {chunk} of {self.name} is no longer frozen", hint="the cut was released"
+            )
+        offset, length = self.geometry.extent_of(chunk)
+        live = self._device.read_nowait(offset, length)
+        if live is not None:
+            return bytes(live)
+        content = await self._device.read(offset, length)
+        # While the device was reading, a guest write may have copied the old content aside and gone on.
+        kept = self._copies.get(chunk)
+        return content if kept is None else self._space.get(kept)
+
+    def release(self, chunk: int) -> None:
+        """The content is captured elsewhere: the volume may overwrite it without a copy."""
+        kept = self._copies.pop(chunk, None)
+        if kept is not None:
+            self._space.drop(kept)
+        self._chunks.states[chunk] &= ~FROZEN & 0xFF
+
+    def thaw(self) -> None:
+        """Stop protecting old content, because the cut is given up or decided."""
+        self._chunks.clear_many(self.data, FROZEN)
+        self._copies.clear()
+
+
+@attrs.define
+class Cut:
+    """All volumes at one instant. Exactly one of `commit` and `abandon` must end it.
+
+    ``time_wall`` is the instant in POSIX seconds, ``time_monotonic`` the same on the group's clock.
+    """
+
+    volumes: Mapping[str, VolumeCut]
+    time_wall: float
+    time_monotonic: float
+    _maps: Mapping[str, ChunkMap]
+    _space: CopySpace
+    _on_end: Callable[[Cut], None]
+    overflowed: bool = False
+    _ended: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing was dirty: there is nothing to commit."""
+        return all(len(part.data) == 0 and not part.zeros for part in self.volumes.values())
+
+    @property
+    def chunk_count(self) -> int:
+        """How many chunks the cut names, zero ones included."""
+        return sum(
+            len(part.data) + sum(limit - first for first, limit in part.zeros)
+            for part in self.volumes.values()
+        )
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of old content that are kept aside now."""
+        return self._space.used
+
+    def overflow(self) -> None:
+        """Room for copies ran out: stop protecting, so that the guest goes on. The cut must be abandoned."""
+        self.overflowed = True
+        for part in self.volumes.values():
+            part.thaw()
+
+    def commit(self) -> None:
+        """The commit is *known*: what was in the cut is clean, unless it was written again."""
+        self._end(settle)
+
+    def abandon(self) -> None:
+        """The cut will not be committed: its chunks are dirty again. Harmless when the cut has ended."""
+        if not self._ended:
+            self._end(restore)
+
+    def _end(self, decide: Callable[[ChunkMap], None]) -> None:
+        if self._ended:
+            raise InvariantError("a cut was decided twice")
+        if decide is settle and self.overflowed:
+            raise InvariantError("a cut that lost old content was about to be committed")
+        self._ended = True
+        for part in self.volumes.values():
+            part.thaw()
+        for chunks in self._maps.values():
+            decide(chunks)
+        self._space.close()
+        self._on_end(self)

@@ -1,0 +1,370 @@
+"""The volume: one owner of a device and of everything that is known about its chunks.
+
+Frontends read and write through it, the syncer reads cuts of it, a migration fills it. They never meet
+anywhere else, so what they must agree on is decided here, between two awaits. ``docs/concurrency.md`` holds
+the invariants and the crash table; adding an await to this file is a change of locking.
+
+**Two speeds.** ``*_nowait`` serves a request synchronously when nothing stands in its way: the gate is
+open, the touched chunks are known locally, no cut needs old content that cannot be copied at once, and the
+device does not block. Else it does nothing, and the caller awaits the other form, which removes one obstacle
+after the other and *looks again* each time, until the device phase can follow the last look without an await.
+
+**A write**: look, mark dirty, device, residency. When the device phase is asynchronous a cut may be taken
+during it; then the chunks are marked again at its end, before the acknowledgement. Chunks that are not
+PRESENT are locked for that time, so that no fill can land over the guest's bytes. A failed write leaves its
+marks.
+
+**Zeroing** changes the map at once; the device follows at the next flush, or chunk by chunk before a partial
+write.
+
+**Hydration** is single-flight per chunk and urgency, and ends in a fill.
+
+What is done to a chunk on the device is in `silo.localchunks`, the lower half of the same owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+from silo.abc import BlockDevice, Buffer, ChunkSource
+from silo.chunkmap import DIRTY_BITS, FROZEN, LOCKED, RESIDENCY_MASK, WINDOW_SHIFT, ChunkMap, Residency
+from silo.errors import InvalidRequestError, InvariantError
+from silo.gate import Gate
+from silo.geometry import Geometry
+from silo.heatmap import HeatMap
+from silo.localchunks import PRESENT, ZERO, ZERO_UNPUNCHED, LocalChunks, MapKeeper
+from silo.zeros import zeros
+
+__all__ = ["Volume"]
+
+BLOCKS_WRITE = RESIDENCY_MASK | LOCKED | FROZEN
+
+ZERO_STEP = 1 << 18
+"""Chunks that one synchronous step of zeroing changes: about a millisecond of numpy."""
+
+HYDRATE_WINDOW = 16
+"""Chunks that one guest request hydrates at a time."""
+
+
+class Volume(LocalChunks):
+    """See the module. Extents must have been checked (`Geometry.check_extent`); lengths are positive."""
+
+    def __init__(
+        self,
+        name: str,
+        device: BlockDevice,
+        geometry: Geometry,
+        gate: Gate,
+        *,
+        chunks: ChunkMap | None = None,
+        heat: HeatMap | None = None,
+        keeper: MapKeeper | None = None,
+        read_only: bool = False,
+    ) -> None:
+        super().__init__(name, device, geometry, gate, chunks=chunks, heat=heat, keeper=keeper)
+        self.read_only = read_only
+        self._sources: dict[int, ChunkSource] = {}
+        self._flights: dict[tuple[int, bool], asyncio.Event] = {}
+
+    # ---- the guest's side -------------------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        """The bytes, or ``None`` when something stands in the way.
+
+        The buffer may be live memory: valid until one of its chunks is next written or the caller awaits.
+        """
+        if not self.gate.is_open:
+            return None
+        first = offset >> self._shift
+        if (offset + length - 1) >> self._shift != first:
+            return self._read_many_nowait(offset, length)
+        residency = self._states[first] & RESIDENCY_MASK
+        if residency == PRESENT:
+            heat = self.heat
+            heat.reads[first] += heat.weight
+            return self.device.read_nowait(offset, length)
+        if residency >= ZERO:
+            return zeros(length)
+        return None
+
+    def _read_many_nowait(self, offset: int, length: int) -> Buffer | None:
+        first, limit = self.geometry.touched(offset, length)
+        residencies = {state & RESIDENCY_MASK for state in self._states[first:limit]}
+        if min(residencies) < ZERO:
+            return None
+        heat = self.heat
+        for chunk in range(first, limit):
+            heat.reads[chunk] += heat.weight
+        if residencies == {PRESENT} or residencies == {ZERO, PRESENT}:
+            return self.device.read_nowait(offset, length)  # where a chunk is ZERO the device is, too
+        if PRESENT not in residencies:
+            return zeros(length)
+        whole = bytearray(length)
+        for low, high, residency in self.chunks.residency_runs(first, limit):
+            if residency == PRESENT:
+                start, stop = self._clip(low, high, offset, length)
+                part = self.device.read_nowait(start, stop - start)
+                if part is None:
+                    return None
+                whole[start - offset : stop - offset] = part
+        return whole
+
+    def _clip(self, first: int, limit: int, offset: int, length: int) -> tuple[int, int]:
+        """``(start, stop)`` in bytes of what a run of chunks and an extent share."""
+        return max(first << self._shift, offset), min(limit << self._shift, offset + length)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """The bytes, hydrating what is absent. Concurrent calls are allowed; cancellation leaves nothing behind.
+
+        Waits as long as the gate is closed, and as long as a source needs; raises what they raise.
+        """
+        while True:
+            await self.gate.wait_open()
+            found = self.read_nowait(offset, length)
+            if found is not None:
+                return found
+            first, limit = self.geometry.touched(offset, length)
+            absent = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK < ZERO]
+            if absent:
+                await self._hydrate_all(absent)
+                continue
+            return await self._read_device(first, limit, offset, length)
+
+    async def _read_device(self, first: int, limit: int, offset: int, length: int) -> Buffer:
+        """Read what is known locally through the device's asynchronous form."""
+        runs = self.chunks.residency_runs(first, limit)
+        if len(runs) == 1 and runs[0][2] == PRESENT:
+            return await self.device.read(offset, length)
+        whole = bytearray(length)
+        for low, high, residency in runs:
+            if residency == PRESENT:
+                start, stop = self._clip(low, high, offset, length)
+                whole[start - offset : stop - offset] = await self.device.read(start, stop - start)
+        return whole
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """Write all of ``data`` and return True, or do nothing (but perhaps mark too much) and return False."""
+        first = offset >> self._shift
+        state = self._states[first]
+        if (
+            state & BLOCKS_WRITE != PRESENT
+            or (offset + len(data) - 1) >> self._shift != first
+            or not self.gate.is_open
+            or self.read_only
+        ):
+            return self._write_uncommon_nowait(offset, data)
+        marked = state | self._marks
+        if marked != state:
+            self._states[first] = marked
+            self._summary[first >> WINDOW_SHIFT] |= marked & DIRTY_BITS
+        heat = self.heat
+        heat.writes[first] += heat.weight
+        return self.device.write_nowait(offset, data)
+
+    def _write_uncommon_nowait(self, offset: int, data: Buffer) -> bool:
+        length = len(data)
+        if self.read_only or self._obstacle(offset, length) is not None:
+            return False
+        first, limit = self.geometry.touched(offset, length)
+        self._mark(first, limit)
+        try:
+            if not self.device.write_nowait(offset, data):
+                return False
+        except BaseException:
+            self._distrust(first, limit)
+            raise
+        self._settle(first, limit)
+        return True
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write all of ``data``; it is acknowledged when this returns.
+
+        When it raises or is cancelled, any part may have been written and nothing more will be; the touched
+        chunks are marked dirty. Concurrent calls are allowed; overlapping ones are not ordered.
+        """
+        if self.read_only:
+            raise InvalidRequestError(f"{self.name} is read-only")
+        length = len(data)
+        while not self.write_nowait(offset, data):
+            obstacle = self._obstacle(offset, length)
+            if obstacle is None:
+                return await self._write_device(offset, data)
+            await obstacle()
+
+    async def _write_device(self, offset: int, data: Buffer) -> None:
+        """The asynchronous device phase. No await may stand between the last look for obstacles and the locks."""
+        first, limit = self.geometry.touched(offset, len(data))
+        unsettled = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK != PRESENT]
+        for chunk in unsettled:
+            self._lock(chunk)
+        self._mark(first, limit)
+        try:
+            with self.gate.device_phase():
+                try:
+                    await self.device.write(offset, data)
+                except BaseException:
+                    self._distrust(first, limit)
+                    raise
+                finally:
+                    # A cut may have been taken meanwhile: what it took must be dirty again.
+                    self._mark(first, limit)
+                self._settle(first, limit)
+        finally:
+            for chunk in unsettled:
+                self._unlock(chunk)
+
+    def zero_nowait(self, offset: int, length: int) -> bool:
+        """As `zero` when that is one bounded step, else do nothing and return False."""
+        first, limit = self.geometry.covered(offset, length)
+        if (
+            limit - first > ZERO_STEP
+            or not self.gate.is_open
+            or self.read_only
+            or self._edges(offset, length)
+        ):
+            return False
+        return self._zero_run_nowait(first, limit)
+
+    async def zero(self, offset: int, length: int) -> None:
+        """Make the extent read as zeros. O(chunks of the map); the device gives its space back at the next flush.
+
+        When it raises or is cancelled, any part may be zero. Concurrent calls are allowed.
+        """
+        if self.read_only:
+            raise InvalidRequestError(f"{self.name} is read-only")
+        for start, stop in self._edges(offset, length):
+            await self._zero_partial(start, stop)
+        first, limit = self.geometry.covered(offset, length)
+        while first < limit:
+            await self.gate.wait_open()
+            step = min(limit, first + ZERO_STEP)
+            if not self._zero_run_nowait(first, step):
+                # Nothing was done because a chunk is locked: wait for it, then look again.
+                locked = self.chunks.select(LOCKED, LOCKED, first, step)
+                if len(locked):
+                    await self._wait_unlocked(int(locked[0]))
+                continue
+            first = step
+            if first < limit:
+                await asyncio.sleep(0)  # a whole disk is many steps: let others run in between
+
+    async def trim(self, offset: int, length: int) -> None:
+        """The guest no longer needs the extent: zero the chunks that it covers, leave the edges as they are."""
+        first, limit = self.geometry.covered(offset, length)
+        if first < limit:
+            start = first << self._shift
+            await self.zero(start, min(limit << self._shift, self.geometry.size) - start)
+
+    def _edges(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """``(start, stop)`` of the parts of an extent that do not cover their chunk."""
+        first, limit = self.geometry.covered(offset, length)
+        end = offset + length
+        if limit <= first:
+            low, high = self.geometry.touched(offset, length)
+            middle = high - 1 << self._shift
+            return [(offset, end)] if high - low == 1 else [(offset, middle), (middle, end)]
+        start, stop = first << self._shift, min(limit << self._shift, self.geometry.size)
+        return [(low, high) for low, high in ((offset, start), (stop, end)) if low < high]
+
+    async def _zero_partial(self, start: int, stop: int) -> None:
+        chunk = start >> self._shift
+        await self.gate.wait_open()
+        if self._states[chunk] & (RESIDENCY_MASK | LOCKED) not in (ZERO, ZERO_UNPUNCHED):
+            await self.write(start, zeros(stop - start))
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Hydrate the chunks that the extent touches, without delaying guests that wait for others."""
+        await self.gate.wait_open()
+        first, limit = self.geometry.touched(offset, length)
+        for chunk in range(first, limit):
+            await self.hydrate(chunk)
+
+    # ---- obstacles --------------------------------------------------------------------------------------
+
+    def _obstacle(self, offset: int, length: int) -> Callable[[], Awaitable[None]] | None:
+        """What stands in the way of writing the extent, as the call that removes it; ``None`` when nothing does.
+
+        Removes by itself what can be removed without waiting.
+        """
+        if not self.gate.is_open:
+            return self.gate.wait_open
+        first, limit = self.geometry.touched(offset, length)
+        whole_first, whole_limit = self.geometry.covered(offset, length)
+        for chunk in range(first, limit):
+            state = self._states[chunk]
+            if state & BLOCKS_WRITE == PRESENT:
+                continue
+            if state & LOCKED:
+                return partial(self._wait_unlocked, chunk)
+            if state & FROZEN and not self._copy_aside_nowait(chunk):
+                return partial(self._copy_aside, chunk)
+            covered = whole_first <= chunk < whole_limit
+            residency = state & RESIDENCY_MASK
+            if residency < ZERO and not covered:
+                return partial(self.hydrate, chunk, demand=True)
+            if residency == ZERO_UNPUNCHED and not covered and not self._punch_nowait(chunk):
+                return partial(self._punch_run, chunk, chunk + 1)
+        return None
+
+    # ---- hydration --------------------------------------------------------------------------------------
+
+    def set_source(self, residency: Residency, source: ChunkSource | None) -> None:
+        """Where absent chunks of this residency come from."""
+        if source is None:
+            self._sources.pop(residency, None)
+        else:
+            self._sources[residency] = source
+
+    async def hydrate(self, chunk: int, *, demand: bool = False) -> None:
+        """Make a chunk known locally, through the source for its residency. Harmless when it is.
+
+        Concurrent calls share one fetch; a demand does not wait behind a background fetch but does its own.
+        Raises what the source raises. Cancellation leaves the chunk as it was and lets another waiter fetch.
+        """
+        key = (chunk, demand)
+        while (residency := self._states[chunk] & RESIDENCY_MASK) < ZERO:
+            flight = self._flights.get(key)
+            if flight is not None:
+                await flight.wait()  # ends when the other caller does, whatever its fate
+                continue
+            source = self._sources.get(residency)
+            if source is None:
+                raise InvariantError(f"chunk {chunk} of {self.name} is absent, and nothing can provide it")
+            flight = self._flights[key] = asyncio.Event()
+            try:
+                content = await source.fetch(self.name, chunk, demand=demand)
+                if self._states[chunk] & RESIDENCY_MASK == residency:
+                    await self.fill(chunk, content)
+            finally:
+                del self._flights[key]
+                flight.set()
+
+    async def _hydrate_all(self, absent: list[int]) -> None:
+        if len(absent) == 1:
+            return await self.hydrate(absent[0], demand=True)
+        limit = asyncio.Semaphore(HYDRATE_WINDOW)
+
+        async def one(chunk: int) -> None:
+            async with limit:
+                await self.hydrate(chunk, demand=True)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for chunk in absent:
+                    tasks.create_task(one(chunk))
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    async def read_chunk(self, chunk: int) -> Buffer | None:
+        """The current content, as bytes that nobody will change; ``None`` when it is all zeros.
+
+        Not held back by the gate: after the switchover the source still serves. Hydrates an absent chunk.
+        """
+        await self.hydrate(chunk)
+        offset, length = self.geometry.extent_of(chunk)
+        if self._states[chunk] & RESIDENCY_MASK != PRESENT:
+            return None
+        live = self.device.read_nowait(offset, length)
+        return bytes(live) if live is not None else await self.device.read(offset, length)
