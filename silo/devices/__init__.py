@@ -1,0 +1,1 @@
+"""What lies below a `silo.Volume`: memory, files and block devices, and layers around them."""
