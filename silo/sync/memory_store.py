@@ -147,7 +147,9 @@ class MemoryStore:
     # ---- what operations do when they arrive; each is one step
 
     def _write(self, key: str, data: bytes) -> str:
-        etag = hashlib.blake2b(data, digest_size=16).hexdigest()  # of the content, as S3's is: equal bodies are equal
+        etag = hashlib.blake2b(
+            data, digest_size=16
+        ).hexdigest()  # of the content, as S3's is: equal bodies are equal
         self._objects[key] = _Object(data, etag, self.clock.wall())
         return etag
 
@@ -270,7 +272,9 @@ class MemoryClient(ObjectStore):
         found = self.store._objects.get(key)
         return None if found is None else ObjectInfo(key, len(found.data), found.etag, found.modified)
 
-    def _operation(self, verb: Verb, keys: tuple[str, ...], size: int = 0, match: str | None = None) -> Operation:
+    def _operation(
+        self, verb: Verb, keys: tuple[str, ...], size: int = 0, match: str | None = None
+    ) -> Operation:
         if self._closed:
             raise ClosedError(self._closed)
         started = self.store.clock.monotonic()

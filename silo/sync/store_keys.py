@@ -12,7 +12,15 @@ import re
 
 from silo.errors import InvalidRequestError
 
-__all__ = ["COMPONENT_SIZE_MAX", "KEY_SIZE_MAX", "check_key", "check_prefix", "check_range", "clip_range"]
+__all__ = [
+    "COMPONENT_SIZE_MAX",
+    "KEY_SIZE_MAX",
+    "check_key",
+    "check_prefix",
+    "check_range",
+    "clip_range",
+    "is_key",
+]
 
 COMPONENT_SIZE_MAX = 255
 """NAME_MAX of every Linux file system that matters."""
@@ -25,9 +33,14 @@ _KEY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*\Z")
 _HINT = "components of letters, digits and !-_.*'() joined by '/', none of them empty, '.' or '..'"
 
 
+def is_key(name: str) -> bool:
+    """Whether ``name`` may name an object."""
+    return len(name) <= KEY_SIZE_MAX and _KEY.match(name) is not None
+
+
 def check_key(key: str) -> None:
     """Raise `InvalidRequestError` unless ``key`` may name an object."""
-    if len(key) > KEY_SIZE_MAX or _KEY.match(key) is None:
+    if not is_key(key):
         raise InvalidRequestError(f"{key[:80]!r} is not a key", hint=_HINT)
 
 
@@ -36,17 +49,17 @@ def check_prefix(prefix: str) -> None:
 
     A prefix is a string, not a directory: ``seg`` is a prefix of ``segments/1``.
     """
-    if not prefix or (len(prefix) <= KEY_SIZE_MAX and _KEY.match(prefix)):
-        return
     # One more character turns an unfinished component ("a/", "a/.") into a finished one.
-    if len(prefix) >= KEY_SIZE_MAX or _KEY.match(prefix + "_") is None:
+    if prefix and not is_key(prefix) and not is_key(prefix + "_"):
         raise InvalidRequestError(f"{prefix[:80]!r} is not the start of any key", hint=_HINT)
 
 
 def check_range(start: int, length: int | None) -> None:
     """Raise `InvalidRequestError` for a range that is wrong whatever the size of the object."""
     if start < 0 or (length is not None and length <= 0):
-        raise InvalidRequestError(f"range {start}+{length} is not usable", hint="take start >= 0 and length > 0")
+        raise InvalidRequestError(
+            f"range {start}+{length} is not usable", hint="take start >= 0 and length > 0"
+        )
 
 
 def clip_range(start: int, length: int | None, size: int) -> int:
