@@ -42,7 +42,7 @@ def lock_exclusive(fd: int, what: str) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UnavailableError(
-            f"{what} is in use by {_lock_holder(fd)}", hint="stop that process first; nothing was changed"
+            f"{what} is in use by {_lock_holder(fd)}", hint="close it there first; nothing was changed"
         ) from error
     except OSError as error:
         raise os_error(error, f"lock {what}") from error
