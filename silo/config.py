@@ -1,0 +1,275 @@
+"""What ``silo serve`` is told: a TOML file, flags, or both, ending in one `ServeConfig`.
+
+The file and the flags say the same things under the same names. A flag beats the file; a ``--volume`` or
+``--listen`` replaces what the file has for that group. Everything is checked before anything is opened, and
+an error names the key, what was found and what would have been right::
+
+    state = "/var/lib/silo"
+    store = "file:///var/lib/silo-store"      # or s3://bucket/prefix?endpoint=...
+    peer = "tcp:0.0.0.0:5170"                 # where other hosts may bring groups
+    insecure_peer = true                      # plain TCP between hosts, in a network that you trust
+    listen = "unix:/run/silo/{group}.sock"    # for groups that arrive, or that say nothing else
+
+    [sync]
+    interval = "5s"
+    bandwidth = "200Mbit"
+
+    [incoming]
+    directory = "/srv/silo"                   # where the disks of arriving groups are put
+
+    [groups.vm1]
+    listen = ["unix:/run/silo/vm1.sock"]
+
+    [groups.vm1.volumes.disk]
+    path = "disk.img"
+    size = "8G"
+
+    [workload]
+    suspend = "virsh suspend $SILO_GROUP"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from silo.errors import InvalidRequestError
+from silo.geometry import CHUNK_SIZE_DEFAULT
+from silo.group import check_name
+from silo.settings import parse_duration, parse_rate, parse_size
+
+__all__ = [
+    "GroupConfig",
+    "IncomingConfig",
+    "ServeConfig",
+    "SyncConfig",
+    "VolumeConfig",
+    "WorkloadConfig",
+    "load_config",
+    "merge_flags",
+    "parse_volume_flag",
+]
+
+
+class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One disk: a path, and a size when it may have to be created."""
+
+    path: str
+    size: str | int | None = None
+    chunk_size: str | int = CHUNK_SIZE_DEFAULT
+    read_only: bool = False
+
+    @property
+    def size_bytes(self) -> int | None:
+        """The size in bytes, or ``None`` to take what the file has."""
+        return None if self.size is None else parse_size(self.size)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The chunk size in bytes."""
+        return parse_size(self.chunk_size)
+
+
+class WorkloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Shell commands for the steps of a migration, see ``docs/vm-managers.md``."""
+
+    prepare: str = ""
+    quiesce: str = ""
+    suspend: str = ""
+    flush: str = ""
+    capture: str = ""
+    resume: str = ""
+    unquiesce: str = ""
+    unsuspend: str = ""
+    fence: str = ""
+    probe: str = ""
+
+    @property
+    def commands(self) -> dict[str, str]:
+        """The steps that have a command."""
+        return {name: command for name in self.__struct_fields__ if (command := getattr(self, name))}
+
+
+class GroupConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One group that this host opens at start."""
+
+    volumes: dict[str, VolumeConfig]
+    listen: list[str] = []
+    workload: WorkloadConfig | None = None
+
+
+class SyncConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the store is kept up to date."""
+
+    interval: str | float = "5s"
+    bandwidth: str | float | None = None
+
+    @property
+    def interval_s(self) -> float:
+        """Seconds between two cuts."""
+        return parse_duration(self.interval)
+
+    @property
+    def bandwidth_bps(self) -> float | None:
+        """Bytes per second that uploads may use; ``None`` is no limit."""
+        return None if self.bandwidth is None else parse_rate(self.bandwidth)
+
+
+class IncomingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is done with groups that arrive. Nothing a peer sends chooses a path; this does."""
+
+    accept: bool = True
+    directory: str = ""
+
+
+class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that ``silo serve`` needs to know."""
+
+    state: str = "/var/lib/silo"
+    store: str = ""
+    listen: str = ""
+    peer: str = ""
+    insecure_peer: bool = False
+    sync: SyncConfig = SyncConfig()
+    incoming: IncomingConfig = IncomingConfig()
+    groups: dict[str, GroupConfig] = {}
+    workload: WorkloadConfig = WorkloadConfig()
+
+    def listen_urls(self, group: str) -> list[str]:
+        """Where a group is exported: its own addresses, else the common pattern."""
+        own = self.groups[group].listen if group in self.groups else []
+        urls = own or ([self.listen] if self.listen else [])
+        return [url.replace("{group}", group) for url in urls]
+
+
+def load_config(path: Path) -> ServeConfig:
+    """Read and check a TOML file. `InvalidRequestError` names the file, the key and the trouble."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidRequestError(f"cannot read {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"{path} is not valid TOML: {error}") from error
+    return check_config(_convert(data, str(path)), str(path))
+
+
+def _convert(data: Mapping[str, Any], origin: str) -> ServeConfig:
+    try:
+        return msgspec.convert(data, ServeConfig)
+    except msgspec.ValidationError as error:
+        text = str(error).replace("Object contains unknown field", "there is no setting").replace("`$.", "`")
+        raise InvalidRequestError(
+            f"{origin}: {text}", hint="see `silo serve --help` and docs/operations.md"
+        ) from error
+
+
+def check_config(config: ServeConfig, origin: str) -> ServeConfig:
+    """Check every number, name and address. Returns the config."""
+    where = origin
+    try:
+        where = f"{origin}: sync"
+        if config.sync.interval_s <= 0:
+            raise InvalidRequestError("the interval must be positive")
+        if config.sync.bandwidth_bps is not None and config.sync.bandwidth_bps <= 0:
+            raise InvalidRequestError("the bandwidth must be positive")
+        for url in (config.listen, config.peer):
+            where = f"{origin}: address {url!r}"
+            _check_address(url)
+        for name, group in config.groups.items():
+            where = f"{origin}: groups.{name}"
+            _check_group(name, group)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"{where}: {error.message}", hint=error.hint) from error
+    if config.peer.startswith("tcp:") and not config.insecure_peer:
+        raise InvalidRequestError(
+            f"{origin}: peer {config.peer} would be plain TCP",
+            hint="say insecure_peer = true (--insecure-peer) if you trust the network, or use a Unix socket",
+        )
+    return config
+
+
+def _check_group(name: str, group: GroupConfig) -> None:
+    check_name("group", name)
+    if not group.volumes:
+        raise InvalidRequestError("a group needs at least one volume")
+    for url in group.listen:
+        _check_address(url)
+    for volume, settings in group.volumes.items():
+        check_name("volume", volume)
+        if not settings.path:
+            raise InvalidRequestError(f"volume {volume} needs a path")
+        chunk = settings.chunk_bytes
+        if chunk & (chunk - 1) or not 4096 <= chunk <= 4 << 20:
+            raise InvalidRequestError(
+                f"volume {volume}: chunk size {settings.chunk_size} is not usable",
+                hint="take a power of two from 4K to 4M",
+            )
+        if settings.size_bytes is not None and settings.size_bytes <= 0:
+            raise InvalidRequestError(f"volume {volume}: the size must be positive")
+
+
+def _check_address(url: str) -> None:
+    if not url:
+        return
+    scheme, _, rest = url.partition(":")
+    if scheme == "unix" and rest:
+        return
+    host, _, port = rest.rpartition(":")
+    if scheme == "tcp" and host and port.isdigit() and int(port) < 65536:
+        return
+    raise InvalidRequestError(f"{url!r} is not an address", hint="write tcp:HOST:PORT or unix:/path")
+
+
+def parse_volume_flag(text: str) -> tuple[str, VolumeConfig]:
+    """``disk=disk.img,size=8G,chunk_size=64K,read_only=true`` as a name and its settings."""
+    name, equals, rest = text.partition("=")
+    path, *options = rest.split(",")
+    if not equals or not name or not path:
+        raise InvalidRequestError(
+            f"--volume {text!r} is not understood", hint="write NAME=PATH, perhaps with ,size=8G"
+        )
+    values: dict[str, Any] = {"path": path}
+    for option in options:
+        key, _, value = option.partition("=")
+        values[key] = {"true": True, "false": False}.get(value, value)
+    try:
+        return name, msgspec.convert(values, VolumeConfig)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(
+            f"--volume {text!r}: {error}", hint="size, chunk_size, read_only"
+        ) from error
+
+
+def merge_flags(
+    config: ServeConfig,
+    *,
+    group: str | None = None,
+    volumes: Sequence[str] = (),
+    listen: Sequence[str] = (),
+    sync_interval: str | None = None,
+    **flags: str | bool | None,
+) -> ServeConfig:
+    """The config with the flags that were given put over it, checked again."""
+    changes: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
+    if sync_interval is not None:
+        changes["sync"] = msgspec.structs.replace(config.sync, interval=sync_interval)
+    if volumes and group is None:
+        raise InvalidRequestError("--volume needs --group", hint="name the group that the volume belongs to")
+    if group is not None:
+        old = config.groups.get(group)
+        parsed = dict(parse_volume_flag(text) for text in volumes) or (old.volumes if old else {})
+        changes["groups"] = {
+            **config.groups,
+            group: GroupConfig(
+                volumes=parsed,
+                listen=list(listen) or (old.listen if old else []),
+                workload=old.workload if old else None,
+            ),
+        }
+    elif listen:
+        changes["listen"] = listen[0]
+    return check_config(msgspec.structs.replace(config, **changes), "flags")
