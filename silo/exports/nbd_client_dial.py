@@ -1,0 +1,134 @@
+"""Reaching an NBD server, and holding a conversation with it.
+
+The conversations themselves are in `silo.exports.nbd_client_handshake`; here they meet a socket. Those that only ask
+a question and part (`list_exports`, `describe_export`, `list_contexts`) are complete calls; `converse` is
+for `silo.exports.nbd_client`, which keeps the connection. All of them have a deadline for the whole, raise
+`UnavailableError` when the server cannot be reached in time, and leave nothing behind when they are cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from typing import Final, TypeVar
+
+from silo.errors import InvalidRequestError, UnavailableError
+from silo.exports import nbd_client_handshake as handshake
+from silo.exports.nbd_client_handshake import Conversation, ExportEntry, NbdExport
+from silo.exports.nbd_uri import NbdUri, UnixAddress, parse_uri
+
+__all__ = ["CONNECT_TIMEOUT_S", "converse", "describe_export", "list_contexts", "list_exports"]
+
+T = TypeVar("T")
+
+CONNECT_TIMEOUT_S: Final = 10.0
+"""For reaching the server and agreeing with it."""
+_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
+"""A peer that vanished without a word is noticed after 25 s: seconds, seconds, probes."""
+
+
+async def list_exports(uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> list[ExportEntry]:
+    """The exports that a server lists."""
+    return await _ask(uri, handshake.list_exports(), timeout_s)
+
+
+async def describe_export(
+    uri: str, *, export: str | None = None, timeout_s: float = CONNECT_TIMEOUT_S
+) -> NbdExport:
+    """Size and abilities of an export, without opening it."""
+    name = parse_uri(uri).export if export is None else export
+    return await _ask(uri, handshake.describe_export(name), timeout_s)
+
+
+async def list_contexts(
+    uri: str, *, export: str | None = None, queries: Sequence[str] = (), timeout_s: float = CONNECT_TIMEOUT_S
+) -> list[str]:
+    """The metadata contexts that an export has and that match any of the queries; all of them without queries."""
+    name = parse_uri(uri).export if export is None else export
+    return await _ask(uri, handshake.list_contexts(name, queries), timeout_s)
+
+
+async def _ask(uri: str, conversation: Conversation[T], timeout_s: float) -> T:
+    """Hold a conversation that ends the connection."""
+    connection, answer = await converse(parse_uri(uri), conversation, timeout_s)
+    connection.close()
+    return answer
+
+
+async def converse(
+    target: NbdUri, conversation: Conversation[T], timeout_s: float
+) -> tuple[socket.socket, T]:
+    """Connect, and hold a conversation; the connection, for what comes after it, and the result."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            connection = await _connect(target)
+            try:
+                return connection, await _hold(connection, conversation)
+            except BaseException:
+                connection.close()
+                raise
+    except TimeoutError as error:
+        raise UnavailableError(f"the NBD server at {target} did not answer in {timeout_s} s") from error
+    except OSError as error:
+        raise UnavailableError(f"the NBD server at {target} cannot be reached: {error}") from error
+
+
+async def _connect(target: NbdUri) -> socket.socket:
+    """A non-blocking connected socket, tuned for requests that must not wait for one another."""
+    loop = asyncio.get_running_loop()
+    if isinstance(target.address, UnixAddress):
+        return await _connect_to(socket.AF_UNIX, target.address.path)
+    host, port = target.address.host, target.address.port
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for index, (family, *_, address) in enumerate(found, start=1):
+        try:
+            connection = await _connect_to(family, address)
+        except OSError:
+            if index == len(found):
+                raise
+            continue
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        return connection
+    raise InvalidRequestError(f"the host {host!r} has no address")
+
+
+async def _connect_to(family: int, address: object) -> socket.socket:
+    connection = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(connection, address)  # type: ignore[arg-type]
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def _hold(connection: socket.socket, conversation: Conversation[T]) -> T:
+    """Move the bytes of a conversation until it ends."""
+    loop = asyncio.get_running_loop()
+    try:
+        step = next(conversation)
+        while True:
+            if isinstance(step, bytes):
+                await loop.sock_sendall(connection, step)
+                step = conversation.send(b"")
+            else:
+                step = conversation.send(await _receive_exactly(connection, step))
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+async def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+    content = bytearray(size)
+    position = 0
+    while position < size:
+        count = await asyncio.get_running_loop().sock_recv_into(connection, memoryview(content)[position:])
+        if not count:
+            raise UnavailableError("the NBD server closed the connection during the handshake")
+        position += count
+    return bytes(content)
