@@ -17,11 +17,11 @@ from tests.support.source import module_name, python_files, tree_of
 VALUES, MACHINES, PORTS, DRIVERS, FACES = range(5)
 
 RINGS: dict[int, str] = {
-    VALUES: "errors geometry bitmap settings zeros",
-    MACHINES: "chunkmap dirtymap heatmap",
+    VALUES: "errors events geometry settings",
+    MACHINES: "chunkmap dirtymap heatmap zeros",
     PORTS: "abc",
-    DRIVERS: "clock files frozen gate group linux localchunks statedir threads volume",
-    FACES: "agent cli config control demo events host metrics testing trio",
+    DRIVERS: "checkpoint clock files frozen gate group linux localchunks statedir threads volume",
+    FACES: "agent cli config control demo host metrics testing trio",
 }
 """Where everything at the first level belongs. A new module needs its place here."""
 
