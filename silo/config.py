@@ -251,12 +251,15 @@ def merge_flags(
     volumes: Sequence[str] = (),
     listen: Sequence[str] = (),
     sync_interval: str | None = None,
+    incoming: str | None = None,
     **flags: str | bool | None,
 ) -> ServeConfig:
     """The config with the flags that were given put over it, checked again."""
     changes: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     if sync_interval is not None:
         changes["sync"] = msgspec.structs.replace(config.sync, interval=sync_interval)
+    if incoming is not None:
+        changes["incoming"] = msgspec.structs.replace(config.incoming, directory=incoming)
     if volumes and group is None:
         raise InvalidRequestError("--volume needs --group", hint="name the group that the volume belongs to")
     if group is not None:

@@ -1,0 +1,179 @@
+"""Commands about a running daemon's groups: ``status``, ``heat``, ``migrate``, ``sync``."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from silo.cli.output import console, print_json
+from silo.cli.picture import Cell, draw, write_png
+from silo.control import ControlClient, Result
+from silo.settings import format_duration, format_size, parse_duration
+
+__all__ = ["add_to"]
+
+State = Annotated[str, typer.Option(help="The daemon's state directory.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
+STATE_DEFAULT = "/var/lib/silo"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (status, heat, migrate, sync):
+        app.command()(command)
+
+
+def _client(state: str) -> ControlClient:
+    return ControlClient(Path(state) / "control.sock")
+
+
+async def _call(state: str, verb: str, **args: Any) -> Any:
+    async with _client(state) as daemon:
+        return await daemon.call(verb, **args)
+
+
+def status(state: State = STATE_DEFAULT, json: Json = False) -> None:
+    """Show every group: who owns it, how much is dirty, and how far the store is behind."""
+    answer = asyncio.run(_call(state, "status"))
+    if json:
+        print_json(answer)
+        return
+    if not answer["groups"]:
+        console.print("no groups; waiting for one to arrive" if answer["peer"] else "no groups")
+    for group in answer["groups"]:
+        console.print(_group_table(group))
+
+
+def _group_table(group: dict[str, Any]) -> Table:
+    table = Table(title=f"{group['name']}: {group['state']}", title_justify="left")
+    for column in ("volume", "size", "present", "zero", "in store", "at peer", "dirty", "export"):
+        table.add_column(column, justify="left" if column in ("volume", "export") else "right")
+    for volume in group["volumes"]:
+        table.add_row(
+            volume["name"],
+            *(
+                format_size(volume[key])
+                for key in ("size", "present", "zero", "absent_store", "absent_peer", "dirty")
+            ),
+            "\n".join(volume["uris"]),
+        )
+    sync = group["sync"]
+    if sync is None:
+        table.caption = "no store: nothing survives the loss of this host"
+    else:
+        behind = "nothing stored yet" if sync["rpo_s"] is None else f"{format_duration(sync['rpo_s'])} behind"
+        table.caption = (
+            f"epoch {group['epoch']}, generation {sync['generation']}, {behind}, "
+            f"{format_size(group['exposed_bytes'])} only here"
+        )
+        if sync["last_error"]:
+            table.caption += f"\nlast error: {sync['last_error']}"
+    return table
+
+
+def heat(
+    group: Annotated[str, typer.Argument(help="The group.")],
+    png: Annotated[
+        Path | None, typer.Option(help="Write a picture instead of drawing one.", show_default=False)
+    ] = None,
+    width: Annotated[int, typer.Option(help="Cells per row.", min=8, max=512)] = 64,
+    state: State = STATE_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Draw the chunks of a group: green is read, red is written, blue is still in the store."""
+    answer = asyncio.run(_call(state, "heat", group=group, cells=width * 48))
+    if json:
+        print_json(answer)
+        return
+    for volume in answer["volumes"]:
+        cells = [
+            Cell(reads, writes, residency)
+            for reads, writes, residency in zip(
+                volume["reads"], volume["writes"], volume["residency"], strict=True
+            )
+        ]
+        if png is not None:
+            name = png if len(answer["volumes"]) == 1 else png.with_stem(f"{png.stem}-{volume['name']}")
+            name.write_bytes(write_png(cells, width))
+            console.print(f"{group}/{volume['name']}: {name}", markup=False)
+        else:
+            console.print(
+                f"{group}/{volume['name']}: {volume['chunks_per_cell']} chunks per cell", markup=False
+            )
+            console.print(draw(cells, width))
+
+
+def migrate(
+    group: Annotated[str, typer.Argument(help="The group to move.")],
+    to: Annotated[str, typer.Option(help="The other host's peer address: tcp:HOST:PORT or unix:/path.")],
+    deadline: Annotated[
+        str, typer.Option(help="Give up, and run on here, when the switchover is not done by then.")
+    ] = "10m",
+    state: State = STATE_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Move a group to another host while its guest runs, and wait until this host may be switched off."""
+    asyncio.run(_migrate(state, group, to, parse_duration(deadline), json))
+
+
+async def _migrate(state: str, group: str, to: str, deadline_s: float, json: bool) -> None:
+    async with _client(state) as daemon:
+        lines = daemon.stream("migrate", group=group, to=to, deadline_s=deadline_s)
+        if json:
+            async for line in lines:
+                print_json({"report": line.value} if isinstance(line, Result) else line)
+            return
+        with Live(Text("connecting"), console=console, transient=True) as live:
+            async for line in lines:
+                if isinstance(line, Result):
+                    live.stop()
+                    console.print(_report(line.value))
+                else:
+                    live.update(_progress(line))
+
+
+def _progress(event: dict[str, Any]) -> Text:
+    parts = [str(event.get("phase", event.get("event", "")))]
+    if event.get("round"):
+        parts.append(f"round {event['round']}")
+    if event.get("bytes_peer") is not None:
+        parts.append(f"{format_size(event['bytes_peer'])} sent")
+    if event.get("rate_bps"):
+        parts.append(f"{format_size(event['rate_bps'])}/s")
+    if event.get("exposed_bytes"):
+        parts.append(f"{format_size(event['exposed_bytes'])} only here")
+    return Text("  ".join(parts))
+
+
+def _report(report: dict[str, Any]) -> Table:
+    table = Table(title="released: this host may be switched off", title_justify="left", show_header=False)
+    for key, value in report.items():
+        if key.startswith("bytes_"):
+            shown = format_size(value)
+        elif key.endswith("_s") and isinstance(value, int | float):
+            shown = format_duration(value)
+        elif key.endswith("_ms") and isinstance(value, int | float):
+            shown = f"{value:.1f} ms"
+        else:
+            shown = str(value)
+        table.add_row(key, shown)
+    return table
+
+
+def sync(
+    group: Annotated[str, typer.Argument(help="The group.")],
+    state: State = STATE_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Store everything that is dirty now, and wait until it is committed."""
+    answer = asyncio.run(_call(state, "sync", group=group))
+    if json:
+        print_json(answer)
+    else:
+        console.print(f"{group}: generation {answer['generation']} is stored", markup=False)
