@@ -14,7 +14,15 @@ from typing import Final
 import attrs
 
 from silo.errors import RemoteProtocolError
-from silo.exports.nbd_wire import NAME_SIZE_MAX, OPTION, OPTION_MAGIC, OPTION_REPLY, OPTION_REPLY_MAGIC, Info
+from silo.exports.nbd_wire import (
+    NAME_SIZE_MAX,
+    OPTION,
+    OPTION_MAGIC,
+    OPTION_REPLY,
+    OPTION_REPLY_MAGIC,
+    PAYLOAD_SIZE_DEFAULT,
+    Info,
+)
 
 __all__ = [
     "BlockSizes",
@@ -52,6 +60,11 @@ class BlockSizes:
     """Below this, or unaligned to it, requests cost more."""
     maximum: int
     """The largest payload of one request."""
+
+    @property
+    def is_unusual(self) -> bool:
+        """Whether a client that has not asked would assume something else."""
+        return self.minimum > 1 or self.maximum < PAYLOAD_SIZE_DEFAULT
 
 
 def encode_option(option: int, data: bytes = b"") -> bytes:
