@@ -28,7 +28,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from silo import __version__  # noqa: PLC0415
+        from silo import __version__
 
         typer.echo(f"silo {__version__}")
         raise typer.Exit

@@ -98,7 +98,7 @@ def serve(
         insecure_peer=insecure_peer,
         incoming=incoming,
     )
-    from silo.daemon import serve_until_told  # noqa: PLC0415 - heavy
+    from silo.daemon import serve_until_told
 
     def say(event: dict[str, object], text: str) -> None:
         if json:
@@ -112,7 +112,7 @@ def serve(
 def run_loop(work: object) -> None:
     """Run a coroutine on uvloop when that is installed, else on asyncio's own loop."""
     try:
-        import uvloop  # noqa: PLC0415 - optional
+        import uvloop
     except ImportError:
         factory = None
     else:

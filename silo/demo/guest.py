@@ -21,7 +21,8 @@ import asyncio
 import mmap
 import random
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import attrs
@@ -79,7 +80,7 @@ class Guest:
     _idle: asyncio.Event = attrs.field(factory=asyncio.Event)
 
     def __attrs_post_init__(self) -> None:
-        self._chance = random.Random(self.plan.seed)  # noqa: TID251 - seeded, and the seed is printed
+        self._chance = random.Random(self.plan.seed)
         self._writable = [
             block
             for offset, length in self.plan.writable
@@ -171,7 +172,9 @@ async def _obey(guest: Guest, stop: asyncio.Event, line: str) -> str:
     return "ok" if verb in ("suspend", "resume") else f"what is {verb!r}?"
 
 
-def _listener(guest: Guest, stop: asyncio.Event) -> Callable[..., object]:
+def _listener(
+    guest: Guest, stop: asyncio.Event
+) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
             writer.write((await _obey(guest, stop, line.decode())).encode() + b"\n")
@@ -181,14 +184,20 @@ def _listener(guest: Guest, stop: asyncio.Event) -> Callable[..., object]:
     return serve
 
 
+def _open_model(path: str) -> mmap.mmap:
+    with Path(path).open("r+b") as file:
+        return mmap.mmap(file.fileno(), 0)
+
+
 async def run_guest(plan: GuestPlan) -> GuestStats:
     """Be the guest until told to stop. The fault, if any, is in the result."""
-    with Path(plan.model).open("r+b") as file:
-        model = mmap.mmap(file.fileno(), 0)
+    model = _open_model(plan.model)
     guest = Guest(plan, model, SystemClock())
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     server = await asyncio.start_unix_server(_listener(guest, stop), plan.control)
+    sys.stdout.write('{"event": "ready"}\n')
+    sys.stdout.flush()
     try:
         async with asyncio.TaskGroup() as tasks:
             work = tasks.create_task(guest.work())
@@ -201,3 +210,14 @@ async def run_guest(plan: GuestPlan) -> GuestStats:
         model.flush()
         model.close()
     return guest.stats
+
+
+def main() -> None:
+    """The process: the plan is its one argument, in JSON; the last line that it prints is what it did."""
+    stats = asyncio.run(run_guest(msgspec.json.decode(sys.argv[1], type=GuestPlan)))
+    sys.stdout.write(msgspec.json.encode(stats).decode() + "\n")
+    sys.exit(bool(stats.fault))
+
+
+if __name__ == "__main__":
+    main()

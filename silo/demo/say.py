@@ -26,5 +26,5 @@ def say(path: str, line: str, timeout_s: float = 30.0) -> str:
 
 if __name__ == "__main__":
     reply = say(sys.argv[1], " ".join(sys.argv[2:]))
-    print(reply)
+    sys.stdout.write(reply + "\n")
     sys.exit(reply != "ok")
