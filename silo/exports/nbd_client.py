@@ -21,9 +21,10 @@ from typing import Final, Self
 from silo.abc import Buffer
 from silo.errors import ClosedError, RemoteProtocolError, SiloError, UnavailableError
 from silo.exports.nbd_client_dial import CONNECT_TIMEOUT_S, converse
-from silo.exports.nbd_client_handshake import NbdExport, ReplyForm, open_export
+from silo.exports.nbd_client_handshake import RICHEST_FIRST, NbdExport, open_export
 from silo.exports.nbd_client_replies import NbdRequest
 from silo.exports.nbd_client_session import ClientSession
+from silo.exports.nbd_session import HeaderStyle
 from silo.exports.nbd_uri import parse_uri
 from silo.exports.nbd_wire import Command, CommandFlag, NbdError
 
@@ -73,18 +74,20 @@ class NbdClient:
         *,
         export: str | None = None,
         contexts: Sequence[str] = (),
-        form_max: ReplyForm = ReplyForm.EXTENDED,
+        styles: Sequence[HeaderStyle] = RICHEST_FIRST,
         timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> Self:
         """Connect and open an export.
 
         ``uri`` is one of the forms of `silo.exports.nbd_uri`; ``export`` overrules the name in it. ``contexts`` are
-        the metadata contexts that `block_status` shall report, if the server has them. ``form_max`` limits what is
-        negotiated, for tests and for servers that misbehave. Cancellation leaves nothing behind.
+        the metadata contexts that `block_status` shall report, if the server has them. ``styles`` of headers are
+        asked for, the best first; fewer are for tests, and for servers that misbehave.
+
+        Cancellation leaves nothing behind.
         """
         target = parse_uri(uri)
         name = target.export if export is None else export
-        conversation = open_export(name, contexts=contexts, form_max=form_max)
+        conversation = open_export(name, contexts=contexts, styles=styles)
         connection, agreed = await converse(target, conversation, timeout_s)
         return cls(connection, agreed)
 

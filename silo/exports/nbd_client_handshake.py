@@ -9,13 +9,12 @@ else's business. It returns its result, or raises:
 * `InvalidRequestError`: it refuses what we asked for (no such export, TLS required);
 * `UnavailableError`: it is shutting down.
 
-The best form of replies that both sides know is agreed upon: extended headers, else structured replies, else
-simple ones. Every reply is limited in size and number, so that a hostile server costs little.
+The best style of headers that both sides know is agreed upon: extended, else structured, else simple. Every
+reply is limited in size and number, so that a hostile server costs little.
 """
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Generator, Mapping, Sequence
 from typing import Final, TypeVar
 
@@ -33,6 +32,7 @@ from silo.exports.nbd_options import (
     encode_info_request,
     encode_option,
 )
+from silo.exports.nbd_session import HeaderStyle
 from silo.exports.nbd_wire import (
     CLIENT_FLAGS,
     EXPORT_NAME_REPLY,
@@ -52,10 +52,10 @@ from silo.exports.nbd_wire import (
 )
 
 __all__ = [
+    "RICHEST_FIRST",
     "Conversation",
     "ExportEntry",
     "NbdExport",
-    "ReplyForm",
     "describe_export",
     "list_contexts",
     "list_exports",
@@ -72,15 +72,13 @@ _REPLY_COUNT_MAX: Final = 10_000
 """Replies to one option: more exports than any server here or elsewhere is known to list."""
 _ERROR_BIT: Final = 1 << 31
 _BLOCK_SIZES_DEFAULT: Final = BlockSizes(minimum=1, preferred=4096, maximum=PAYLOAD_SIZE_DEFAULT)
+RICHEST_FIRST: Final = (HeaderStyle.EXTENDED, HeaderStyle.STRUCTURED)
+"""The styles of headers that need the server's consent, in the order in which we would like to have them."""
+_STYLE_OPTIONS: Final = {
+    HeaderStyle.EXTENDED: Option.EXTENDED_HEADERS,
+    HeaderStyle.STRUCTURED: Option.STRUCTURED_REPLY,
+}
 _INFOS: Final = (Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE)
-
-
-class ReplyForm(enum.IntEnum):
-    """How replies look, the richest last."""
-
-    SIMPLE = 0
-    STRUCTURED = 1
-    EXTENDED = 2
 
 
 @attrs.frozen
@@ -99,7 +97,7 @@ class NbdExport:
     """As the server calls it, which may differ from what was asked for."""
     size: int
     flags: TransmissionFlag
-    form: ReplyForm = ReplyForm.SIMPLE
+    style: HeaderStyle = HeaderStyle.SIMPLE
     block_sizes: BlockSizes = _BLOCK_SIZES_DEFAULT
     contexts: Mapping[int, str] = attrs.field(factory=dict)
     """The metadata contexts that ``BLOCK_STATUS`` will report, by their number on this connection."""
@@ -125,31 +123,32 @@ class _Answer:
 
 
 def open_export(
-    name: str, *, contexts: Sequence[str] = (), form_max: ReplyForm = ReplyForm.EXTENDED
+    name: str, *, contexts: Sequence[str] = (), styles: Sequence[HeaderStyle] = RICHEST_FIRST
 ) -> Conversation[NbdExport]:
     """Enter transmission with an export.
 
-    ``contexts`` are asked for; which of them exist is in the result. Simple replies cannot carry them. A
-    server too old for ``GO`` is asked with ``EXPORT_NAME``, to which it can only agree or hang up.
+    ``styles`` are the styles of headers to ask for, the best first; simple ones need no asking.
+    ``contexts`` are asked for, too; which of them exist is in the result, and none do with simple headers.
+    A server too old for ``GO`` is asked with ``EXPORT_NAME``, to which it can only agree or hang up.
     """
     flags = yield from _greet()
     if HandshakeFlag.FIXED_NEWSTYLE not in flags:
-        return (yield from _open_by_name(name, flags, ReplyForm.SIMPLE))
-    form = yield from _agree_on_form(form_max)
-    selected = yield from _select_contexts(name, contexts, form)
+        return (yield from _open_by_name(name, flags, HeaderStyle.SIMPLE))
+    style = yield from _agree_on_style(styles)
+    selected = yield from _select_contexts(name, contexts, style)
     answer = yield from _ask(Option.GO, encode_info_request(name, _INFOS))
-    if answer.end == OptionReply.ERR_UNSUP and form < ReplyForm.EXTENDED:
-        export = yield from _open_by_name(name, flags, form)
+    if answer.end == OptionReply.ERR_UNSUP and style is not HeaderStyle.EXTENDED:
+        export = yield from _open_by_name(name, flags, style)
         return attrs.evolve(export, contexts=selected)
-    return _export_from(answer, name, form, selected)
+    return _export_from(answer, name, style, selected)
 
 
 def describe_export(name: str) -> Conversation[NbdExport]:
     """Ask what an export is without opening it, then part. The result names no contexts."""
     yield from _greet_fixed()
-    form = yield from _agree_on_form(ReplyForm.EXTENDED)
+    style = yield from _agree_on_style(RICHEST_FIRST)
     answer = yield from _ask(Option.INFO, encode_info_request(name, _INFOS))
-    export = _export_from(answer, name, form, {})
+    export = _export_from(answer, name, style, {})
     yield encode_option(Option.ABORT)
     return export
 
@@ -168,7 +167,7 @@ def list_exports() -> Conversation[list[ExportEntry]]:
 def list_contexts(name: str, queries: Sequence[str] = ()) -> Conversation[list[str]]:
     """Ask which metadata contexts an export has that match any of the queries (all without one), then part."""
     yield from _greet_fixed()
-    yield from _agree_on_form(ReplyForm.EXTENDED)
+    yield from _agree_on_style(RICHEST_FIRST)
     answer = yield from _ask(Option.LIST_META_CONTEXT, encode_context_queries(name, queries))
     if not answer.accepted:
         raise _refusal(answer, f"to list the contexts of {name!r}")
@@ -216,22 +215,18 @@ def _ask(option: Option, data: bytes = b"") -> Conversation[_Answer]:
     raise RemoteProtocolError(f"the replies to option {option.name} do not end")
 
 
-def _agree_on_form(form_max: ReplyForm) -> Conversation[ReplyForm]:
-    """The richest form of replies that the server will use, up to the given one."""
-    if form_max >= ReplyForm.EXTENDED:
-        answer = yield from _ask(Option.EXTENDED_HEADERS)
+def _agree_on_style(styles: Sequence[HeaderStyle]) -> Conversation[HeaderStyle]:
+    """The first of these styles that the server will use; the simple one when there is none."""
+    for style in styles:
+        answer = yield from _ask(_STYLE_OPTIONS[style])
         if answer.accepted:
-            return ReplyForm.EXTENDED
-    if form_max >= ReplyForm.STRUCTURED:
-        answer = yield from _ask(Option.STRUCTURED_REPLY)
-        if answer.accepted:
-            return ReplyForm.STRUCTURED
-    return ReplyForm.SIMPLE
+            return style
+    return HeaderStyle.SIMPLE
 
 
-def _select_contexts(name: str, contexts: Sequence[str], form: ReplyForm) -> Conversation[dict[int, str]]:
+def _select_contexts(name: str, contexts: Sequence[str], style: HeaderStyle) -> Conversation[dict[int, str]]:
     """Ask for metadata contexts; those that the server has, by number. A refusal means none."""
-    if not contexts or form == ReplyForm.SIMPLE:
+    if not contexts or style is HeaderStyle.SIMPLE:
         return {}
     answer = yield from _ask(Option.SET_META_CONTEXT, encode_context_queries(name, contexts))
     if not answer.accepted:
@@ -242,16 +237,16 @@ def _select_contexts(name: str, contexts: Sequence[str], form: ReplyForm) -> Con
     return dict(selected)
 
 
-def _open_by_name(name: str, server: HandshakeFlag, form: ReplyForm) -> Conversation[NbdExport]:
+def _open_by_name(name: str, server: HandshakeFlag, style: HeaderStyle) -> Conversation[NbdExport]:
     """Enter transmission the old way."""
     yield encode_option(Option.EXPORT_NAME, name.encode())
     size, flags = EXPORT_NAME_REPLY.unpack((yield EXPORT_NAME_REPLY.size))
     if HandshakeFlag.NO_ZEROES not in server:
         yield len(ZERO_PADDING)
-    return NbdExport(name, size, TransmissionFlag(flags), form)
+    return NbdExport(name, size, TransmissionFlag(flags), style)
 
 
-def _export_from(answer: _Answer, name: str, form: ReplyForm, contexts: Mapping[int, str]) -> NbdExport:
+def _export_from(answer: _Answer, name: str, style: HeaderStyle, contexts: Mapping[int, str]) -> NbdExport:
     """Put together what ``GO`` or ``INFO`` told."""
     if not answer.accepted:
         raise _refusal(answer, f"the export {name!r}")
@@ -264,7 +259,7 @@ def _export_from(answer: _Answer, name: str, form: ReplyForm, contexts: Mapping[
         name=decode_name(told[Info.NAME][2:]) if Info.NAME in told else name,
         size=size,
         flags=TransmissionFlag(flags),
-        form=form,
+        style=style,
         block_sizes=_BLOCK_SIZES_DEFAULT if sizes is None else decode_info_block_size(sizes),
         contexts=contexts,
         description=decode_name(told[Info.DESCRIPTION][2:]) if Info.DESCRIPTION in told else "",

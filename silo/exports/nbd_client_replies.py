@@ -30,7 +30,7 @@ from silo.exports.nbd_chunks import (
     decode_status,
     decode_status_extended,
 )
-from silo.exports.nbd_client_handshake import ReplyForm
+from silo.exports.nbd_session import HeaderStyle
 from silo.exports.nbd_wire import (
     EXTENDED_REPLY,
     EXTENDED_REPLY_MAGIC,
@@ -56,9 +56,9 @@ _ERROR_BIT: Final = 1 << 15
 _ERROR_SIZE_MAX: Final = 6 + NAME_SIZE_MAX + 64
 """Code, message, and room for the fixed fields of error chunks that are yet to be invented."""
 _MAGIC: Final = struct.Struct(">I")
-_CHUNK_FORMS: Final = {
-    ReplyForm.STRUCTURED: (STRUCTURED_REPLY, STRUCTURED_REPLY_MAGIC),
-    ReplyForm.EXTENDED: (EXTENDED_REPLY, EXTENDED_REPLY_MAGIC),
+_CHUNK_STYLES: Final = {
+    HeaderStyle.STRUCTURED: (STRUCTURED_REPLY, STRUCTURED_REPLY_MAGIC),
+    HeaderStyle.EXTENDED: (EXTENDED_REPLY, EXTENDED_REPLY_MAGIC),
 }
 
 
@@ -97,8 +97,8 @@ class ReplyReader:
     ``pending`` is shared with the owner, who adds requests; the reader removes them when they are finished.
     """
 
-    def __init__(self, form: ReplyForm, pending: dict[int, NbdRequest]) -> None:
-        self._form = form
+    def __init__(self, style: HeaderStyle, pending: dict[int, NbdRequest]) -> None:
+        self._style = style
         self._pending = pending
         self._staging = memoryview(bytearray(STAGING_SIZE))
         self._start = 0
@@ -232,15 +232,15 @@ class ReplyReader:
 
     def _take_header(self) -> bool:
         """Understand the next header; False when it is not complete yet."""
-        if self._form is ReplyForm.SIMPLE:
+        if self._style is HeaderStyle.SIMPLE:
             return self._take_simple()
-        header, magic = _CHUNK_FORMS[self._form]
+        header, magic = _CHUNK_STYLES[self._style]
         if self._end - self._start < _MAGIC.size:
             return False
         found: int = _MAGIC.unpack_from(self._staging, self._start)[0]
         if found == magic:
             return self._take_chunk(header)
-        if found == SIMPLE_REPLY_MAGIC and self._form is ReplyForm.STRUCTURED:
+        if found == SIMPLE_REPLY_MAGIC and self._style is HeaderStyle.STRUCTURED:
             return self._take_simple()
         raise RemoteProtocolError(f"a reply starts with {found:#x}")
 
@@ -261,7 +261,7 @@ class ReplyReader:
         if code:
             self._fail(request, code, "")
         elif request.command is Command.READ:
-            if self._form is not ReplyForm.SIMPLE:
+            if self._style is not HeaderStyle.SIMPLE:
                 raise RemoteProtocolError("a simple reply to a read, though structured ones were agreed upon")
             target = self._claim(request, request.offset, request.length)
             self._begin_payload(request, None, request.length if target is None else target, done=True)
@@ -315,7 +315,7 @@ class ReplyReader:
 
     @property
     def _status_kind(self) -> ChunkType:
-        extended = self._form is ReplyForm.EXTENDED
+        extended = self._style is HeaderStyle.EXTENDED
         return ChunkType.BLOCK_STATUS_EXT if extended else ChunkType.BLOCK_STATUS
 
     # Ends

@@ -23,8 +23,9 @@ from typing import Final
 from silo.abc import Buffer
 from silo.errors import InvalidRequestError
 from silo.exports.nbd_chunks import encode_status_filter
-from silo.exports.nbd_client_handshake import NbdExport, ReplyForm
+from silo.exports.nbd_client_handshake import NbdExport
 from silo.exports.nbd_client_replies import NbdRequest, ReplyReader
+from silo.exports.nbd_session import HeaderStyle
 from silo.exports.nbd_wire import (
     EXTENDED_REQUEST,
     EXTENDED_REQUEST_MAGIC,
@@ -60,10 +61,10 @@ class ClientSession:
 
     def __init__(self, export: NbdExport) -> None:
         self.export = export
-        self._extended = export.form is ReplyForm.EXTENDED
+        self._extended = export.style is HeaderStyle.EXTENDED
         self._offered = int(export.flags)
         self._pending: dict[int, NbdRequest] = {}
-        self._reader = ReplyReader(export.form, self._pending)
+        self._reader = ReplyReader(export.style, self._pending)
         self._next_cookie = 1
         # What has not been sent, in order, with the cookie of the request that each piece belongs to.
         self._outbox: deque[tuple[int, Buffer]] = deque()

@@ -1,0 +1,68 @@
+"""The written forms of an NBD server's address."""
+
+from __future__ import annotations
+
+import pytest
+
+from silo.errors import InvalidRequestError
+from silo.exports.nbd_uri import NbdUri, TcpAddress, UnixAddress, parse_address, parse_uri
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("nbd://host", NbdUri(TcpAddress("host", 10809))),
+        ("nbd://host:1/", NbdUri(TcpAddress("host", 1))),
+        ("nbd://127.0.0.1:10810/vm1/disk", NbdUri(TcpAddress("127.0.0.1", 10810), "vm1/disk")),
+        ("nbd://[::1]:5/a%20b", NbdUri(TcpAddress("::1", 5), "a b")),
+        ("nbd+unix:///?socket=/run/x.sock", NbdUri(UnixAddress("/run/x.sock"))),
+        ("nbd+unix:///vm1/disk?socket=/run/a%20b", NbdUri(UnixAddress("/run/a b"), "vm1/disk")),
+        ("unix:/run/x.sock", NbdUri(UnixAddress("/run/x.sock"))),
+        ("tcp:host:5", NbdUri(TcpAddress("host", 5))),
+        ("tcp:[::1]:5", NbdUri(TcpAddress("::1", 5))),
+    ],
+)
+def test_reads_every_form(text: str, expected: NbdUri) -> None:
+    assert expected == parse_uri(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "host:5",
+        "http://host/",
+        "nbd://",
+        "nbd://user@host/",
+        "nbd://host:port/",
+        "nbd://host:99999/",
+        "nbd+unix:///disk",
+        "nbd+unix://host/disk?socket=/x",
+        "nbd+unix:///?socket=/a&socket=/b",
+        "nbds://host/",
+        "unix:",
+        "tcp:host",
+        "tcp:host:port",
+        "tcp:host:70000",
+    ],
+)
+def test_refuses_everything_else(text: str) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse_uri(text)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        NbdUri(TcpAddress("host", 5), "vm1/disk"),
+        NbdUri(TcpAddress("fe80::1", 5), "a b?#"),
+        NbdUri(UnixAddress("/run/with space&more"), "d%sk"),
+    ],
+)
+def test_what_it_writes_it_can_read(uri: NbdUri) -> None:
+    assert uri == parse_uri(str(uri))
+
+
+def test_addresses_read_back_too() -> None:
+    for address in (UnixAddress("/x"), TcpAddress("::1", 0), TcpAddress("host", 65535)):
+        assert address == parse_address(str(address))
