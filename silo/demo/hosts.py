@@ -55,7 +55,8 @@ class Child:
         """The next line of its output. `SiloError` with its last words when it has died."""
         if self.process is None or self.process.stdout is None:
             raise SiloError(f"{self.name} was not started")
-        line = await asyncio.wait_for(self.process.stdout.readline(), START_TIMEOUT_S)
+        async with asyncio.timeout(START_TIMEOUT_S):
+            line = await self.process.stdout.readline()
         if not line:
             raise SiloError(f"{self.name} died", hint=self.last_words())
         answer: dict[str, Any] = msgspec.json.decode(line)
@@ -72,7 +73,8 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(how)
         try:
-            return await asyncio.wait_for(self.process.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                return await self.process.wait()
         except TimeoutError:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()

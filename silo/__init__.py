@@ -1,0 +1,120 @@
+"""Silo: disks that survive the sudden death of their host, and machines that move before it.
+
+What is listed in ``__all__`` is the public interface; everything else may change without notice. Names are
+loaded when they are first used, so that ``import silo`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from silo.abc import (
+        BlockDevice,
+        Capabilities,
+        ChunkSource,
+        Clock,
+        Health,
+        ObjectStore,
+        Role,
+        Step,
+        Transport,
+        Workload,
+    )
+    from silo.devices.file import FileDevice
+    from silo.devices.memory import MemoryDevice
+    from silo.errors import (
+        CapacityError,
+        ClosedError,
+        CorruptionError,
+        FencedError,
+        HandoverInDoubt,
+        InvalidRequestError,
+        InvariantError,
+        LocalProtocolError,
+        MigrationAborted,
+        MigrationError,
+        ProtocolError,
+        RemoteProtocolError,
+        SiloError,
+        UnavailableError,
+    )
+    from silo.geometry import Geometry
+    from silo.group import Group
+    from silo.host import Host
+    from silo.hosted import HostedGroup
+    from silo.sync.settings import SyncSettings
+    from silo.volume import Volume
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "silo.abc": (
+        "BlockDevice", "Capabilities", "ChunkSource", "Clock", "Health", "ObjectStore", "Role", "Step",
+        "Transport", "Workload",
+    ),
+    "silo.devices.file": ("FileDevice",),
+    "silo.devices.memory": ("MemoryDevice",),
+    "silo.errors": (
+        "CapacityError", "ClosedError", "CorruptionError", "FencedError", "HandoverInDoubt",
+        "InvalidRequestError", "InvariantError", "LocalProtocolError", "MigrationAborted", "MigrationError",
+        "ProtocolError", "RemoteProtocolError", "SiloError", "UnavailableError",
+    ),
+    "silo.geometry": ("Geometry",),
+    "silo.group": ("Group",),
+    "silo.host": ("Host",),
+    "silo.hosted": ("HostedGroup",),
+    "silo.sync.settings": ("SyncSettings",),
+    "silo.volume": ("Volume",),
+}  # fmt: skip
+
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BlockDevice",
+    "CapacityError",
+    "Capabilities",
+    "ChunkSource",
+    "Clock",
+    "ClosedError",
+    "CorruptionError",
+    "FencedError",
+    "FileDevice",
+    "Geometry",
+    "Group",
+    "HandoverInDoubt",
+    "Health",
+    "Host",
+    "HostedGroup",
+    "InvalidRequestError",
+    "InvariantError",
+    "LocalProtocolError",
+    "MemoryDevice",
+    "MigrationAborted",
+    "MigrationError",
+    "ObjectStore",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "Role",
+    "SiloError",
+    "Step",
+    "SyncSettings",
+    "Transport",
+    "UnavailableError",
+    "Volume",
+    "Workload",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if (home := _HOME_OF.get(name)) is None:
+        raise AttributeError(f"module 'silo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
