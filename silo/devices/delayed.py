@@ -40,6 +40,7 @@ class DelayedDevice(Layer):
         super().__init__(inner)
         self.delays = delays
         self._chance = chance
+        self._closed = False
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
         return None if self._declines() else self.inner.read_nowait(offset, length)
@@ -70,10 +71,14 @@ class DelayedDevice(Layer):
         await self._wait(self.delays.flush_s / 2)
 
     data_extents = Layer.data_extents
-    aclose = Layer.aclose
+
+    async def aclose(self) -> None:
+        self._closed = True
+        await self.inner.aclose()
 
     def _declines(self) -> bool:
-        return self._chance() < self.delays.decline
+        """Whether to say no; a closed device has the last word, which is an error."""
+        return not self._closed and self._chance() < self.delays.decline
 
     async def _wait(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s * (1 + self.delays.jitter * (2 * self._chance() - 1)))
