@@ -25,6 +25,7 @@ that can be killed.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import heapq
 import random
@@ -32,7 +33,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import Executor
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from silo.abc import Clock
 
@@ -62,6 +63,19 @@ class Deadlock(SimulationError):
     """Nothing is ready and no timer is set, or the scenario runs in circles: it will never end."""
 
 
+class Mortal(Protocol):
+    """Something that owns tasks and callbacks and may die; `silo.testing.process` has the one that there is."""
+
+    killed: bool
+
+    def lives_on(self) -> bool:
+        """Asked before each of its steps; after the first False nothing of it ever runs again."""
+
+
+owner: contextvars.ContextVar[Mortal | None] = contextvars.ContextVar("owner", default=None)
+"""Whose context this is. Tasks, timers and executor calls inherit it from where they were started."""
+
+
 class SimulatedLoop(asyncio.BaseEventLoop):
     """The loop itself. Scenarios see it only through asyncio and their `SimulatedClock`."""
 
@@ -81,6 +95,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._trace = hashlib.blake2b(digest_size=16)
         self._task_count = 0
         self._numbers: weakref.WeakKeyDictionary[asyncio.Task[Any], int] = weakref.WeakKeyDictionary()
+        self._owners: weakref.WeakKeyDictionary[asyncio.Task[Any], Mortal] = weakref.WeakKeyDictionary()
+        self._calls: weakref.WeakKeyDictionary[asyncio.Future[Any], Mortal] = weakref.WeakKeyDictionary()
+        self._dropped: list[asyncio.Handle] = []
+        self._unwinding = False
         self._workers: weakref.WeakKeyDictionary[Executor, list[float]] = weakref.WeakKeyDictionary()
 
     def time(self) -> float:
@@ -95,7 +113,37 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self._task_count += 1
         task = super().create_task(coro, name=str(name or f"task-{self._task_count}"), **options)
         self._numbers[task] = self._task_count
+        mortal = (options.get("context") or contextvars.copy_context()).get(owner)
+        if mortal is not None:
+            self._owners[task] = mortal
         return task
+
+    def living_tasks(self) -> list[asyncio.Task[Any]]:
+        """The tasks that have not ended, in the order of their creation, without those of the dead."""
+        tasks = [
+            task
+            for task in asyncio.all_tasks(self)
+            if (mortal := self._owners.get(task)) is None or not mortal.killed
+        ]
+        return sorted(tasks, key=self._numbers.__getitem__)
+
+    def unwind(self) -> None:
+        """The scenario is over: the tasks of the dead end now, by cancellation, and nobody hears of it.
+
+        Their timers and calls are forgotten; the rest of what they missed is made up for, since the end of a
+        task is itself a chain of callbacks.
+        """
+        self._unwinding = True
+        dead = [task for task, mortal in self._owners.items() if mortal.killed]
+        if not dead:
+            return
+        self.set_exception_handler(lambda _loop, _context: None)
+        calls = [future for future, mortal in self._calls.items() if mortal.killed]
+        timers = [timer for timer in self._scheduled if (mortal := _owner_of(timer)) and mortal.killed]
+        doomed: list[asyncio.Future[Any] | asyncio.Handle] = [*dead, *calls, *timers]
+        for each in doomed:
+            each.cancel()
+        self._ready.extend(handle for handle in self._dropped if not isinstance(handle, asyncio.TimerHandle))
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[*Ts], T], *args: *Ts
@@ -105,6 +153,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         A future cancelled before the call may or may not have been in time to prevent it, as with threads.
         """
         future: asyncio.Future[T] = self.create_future()
+        mortal = owner.get()
+        if mortal is not None:
+            self._calls[future] = mortal
 
         def call() -> None:
             if future.cancelled() and self._order.random() < 0.5:
@@ -147,9 +198,17 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             raise Deadlock(f"the scenario runs in circles{self._waiting()}")
         self._take_due_timers()
         for handle in self._draw_order():
-            if not handle.cancelled():
-                self._trace.update(f"{self._now} {self._label(handle)}\n".encode())
-                handle._run()
+            if handle.cancelled():
+                continue
+            if not self._lives_on(handle):
+                self._dropped.append(handle)
+                continue
+            self._trace.update(f"{self._now} {self._label(handle)}\n".encode())
+            handle._run()
+
+    def _lives_on(self, handle: asyncio.Handle) -> bool:
+        mortal = _owner_of(handle)
+        return mortal is None or self._unwinding or mortal.lives_on()
 
     def _take_due_timers(self) -> None:
         timers = self._scheduled
@@ -194,11 +253,15 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         return str(getattr(callback, "__qualname__", type(callback).__qualname__))
 
     def _waiting(self) -> str:
-        tasks = sorted(asyncio.all_tasks(self), key=lambda task: self._numbers.get(task, 0))
-        return "".join(f"\n  {task.get_name()} waits in {_place(task)}" for task in tasks)
+        return "".join(f"\n  {task.get_name()} waits in {_place(task)}" for task in self.living_tasks())
 
     def _write_to_self(self) -> None:
         """Nothing sleeps in a system call that would have to be woken."""
+
+
+def _owner_of(handle: asyncio.Handle) -> Mortal | None:
+    context: contextvars.Context = handle._context  # type: ignore[attr-defined]  # get_context() is of 3.12
+    return context.get(owner)
 
 
 def _place(task: asyncio.Task[Any]) -> str:
@@ -269,10 +332,13 @@ def run_simulated(scenario: Scenario[T], *, seed: int, rounds_max: int = ROUNDS_
 async def _run_scenario(scenario: Scenario[T]) -> T:
     loop = asyncio.get_running_loop()
     assert isinstance(loop, SimulatedLoop)
-    result = await scenario(SimulatedClock(loop))
-    left = asyncio.all_tasks() - {asyncio.current_task()}
+    try:
+        result = await scenario(SimulatedClock(loop))
+        left = [task for task in loop.living_tasks() if task is not asyncio.current_task()]
+    finally:
+        loop.unwind()
     if left:
-        names = ", ".join(sorted(f"{task.get_name()} in {_place(task)}" for task in left))
+        names = ", ".join(f"{task.get_name()} in {_place(task)}" for task in left)
         raise SimulationError(f"the scenario left tasks behind: {names}")
     return result
 
