@@ -61,14 +61,14 @@ EPOCH_MAX = 10**10 - 1
 SEQ_MAX = 10**12 - 1
 GENERATION_MAX = 10**12 - 1
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\Z")
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\Z")
 _HEX16 = re.compile(r"[0-9a-f]{16}\Z")
 _HEX32 = re.compile(r"[0-9a-f]{32}\Z")
 _SEGMENT_KEY = re.compile(
-    r"(?P<group>[A-Za-z0-9][A-Za-z0-9_.-]{0,127})/segments/(?P<shard>[0-9a-f]{2})/"
+    r"(?P<group>[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127})/segments/(?P<shard>[0-9a-f]{2})/"
     r"(?P<epoch>[0-9]{10})-(?P<seq>[0-9]{12})-(?P<incarnation>[0-9a-f]{16})\Z"
 )
-_HINT = "letters, digits, '_', '.' and '-', beginning with a letter or a digit"
+_HINT = "letters, digits, '_', '.' and '-', not beginning with '.'"
 
 
 def check_group_name(name: str) -> None:
