@@ -1,8 +1,9 @@
 """Which keys and byte ranges an object store accepts: the same everywhere, so that a key that works on one
 store works on all of them.
 
-A key is one or more components joined by ``/``. A component holds the characters that S3 documents as safe
-(letters, digits and ``! - _ . * ' ( )``), is neither ``.`` nor ``..``, and is short enough to be a file name.
+A key is one or more components joined by ``/``. A component holds letters, digits, ``-``, ``_`` and ``.``: what no
+client, server or proxy rewrites in an address, so that signatures cannot differ over it. It is neither ``.`` nor
+``..``, and short enough to be a file name.
 Everything here is pure; the stores call it before anything else.
 """
 
@@ -20,6 +21,7 @@ __all__ = [
     "check_range",
     "clip_range",
     "is_key",
+    "just_before",
 ]
 
 COMPONENT_SIZE_MAX = 255
@@ -28,9 +30,12 @@ COMPONENT_SIZE_MAX = 255
 KEY_SIZE_MAX = 768
 """S3 allows 1024 bytes; the difference is left for the prefix of the store's URL."""
 
-_COMPONENT = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9!_.*'()-]{1,255}"
+_ALPHABET = "-.0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"
+"""The characters of a component, in the order in which stores sort them."""
+
+_COMPONENT = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9_.-]{1,255}"
 _KEY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*\Z")
-_HINT = "components of letters, digits and !-_.*'() joined by '/', none of them empty, '.' or '..'"
+_HINT = "components of letters, digits and -_. joined by '/', none of them empty, '.' or '..'"
 
 
 def is_key(name: str) -> bool:
@@ -52,6 +57,15 @@ def check_prefix(prefix: str) -> None:
     # One more character turns an unfinished component ("a/", "a/.") into a finished one.
     if prefix and not is_key(prefix) and not is_key(prefix + "_"):
         raise InvalidRequestError(f"{prefix[:80]!r} is not the start of any key", hint=_HINT)
+
+
+def just_before(prefix: str) -> str | None:
+    """A string that sorts before every key that starts with ``prefix``, and after almost all that sort before those.
+
+    For listings that can only start behind a string; it has only characters of keys. None: start at the beginning.
+    """
+    below = _ALPHABET.rpartition(prefix[-1])[0]
+    return f"{prefix[:-1]}{below[-1]}{_ALPHABET[-1]}" if below else prefix[:-1].rstrip("/") or None
 
 
 def check_range(start: int, length: int | None) -> None:
