@@ -37,7 +37,8 @@ from silo.sync.claim import (
 )
 from silo.sync.head import Head, VolumeInfo, WriterState, encode_head, parse_head
 from silo.sync.layout import head_key, proof_key
-from silo.sync.retry import Backoff, RetrySettings, Trouble, bounded
+from silo.sync.retry import Backoff, Trouble, bounded
+from silo.sync.settings import RetrySettings
 
 __all__ = ["Prepare", "Register"]
 

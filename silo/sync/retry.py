@@ -13,25 +13,12 @@ from typing import TypeVar
 import attrs
 
 from silo.abc import Clock
-from silo.errors import InvalidRequestError, SiloError, UnavailableError
+from silo.errors import SiloError, UnavailableError
+from silo.sync.settings import RetrySettings
 
-__all__ = ["Backoff", "RetrySettings", "Trouble", "bounded"]
+__all__ = ["Backoff", "Trouble", "bounded"]
 
 T = TypeVar("T")
-
-
-@attrs.frozen(kw_only=True)
-class RetrySettings:
-    """Delays in seconds. The n-th delay doubles until ``delay_max_s``; half of each is chance."""
-
-    delay_min_s: float = 0.1
-    delay_max_s: float = 15.0
-    request_timeout_s: float = 60.0
-    """One request that takes longer counts as unanswered: for 32 MiB that is half a megabyte per second."""
-
-    def __attrs_post_init__(self) -> None:
-        if not 0 < self.delay_min_s <= self.delay_max_s or self.request_timeout_s <= 0:
-            raise InvalidRequestError("delays must be positive, and the least not above the largest")
 
 
 @attrs.frozen

@@ -12,7 +12,7 @@ from silo.sync.claim import Expectation, Owner
 from silo.sync.head import Head, VolumeInfo, WriterState, encode_head, parse_head
 from silo.sync.memory_store import MemoryStore
 from silo.sync.register import Register
-from silo.sync.retry import RetrySettings
+from silo.sync.settings import RetrySettings
 from silo.sync.store_faults import Fault, FaultKind, Outcome, Verb
 from silo.testing.loop import SimulatedClock, explore, run_simulated
 from tests.support.seeds import seeds

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from silo.errors import InvalidRequestError, UnavailableError
-from silo.sync.retry import Backoff, RetrySettings, bounded
+from silo.sync.retry import Backoff, bounded
+from silo.sync.settings import RetrySettings
 from silo.testing.loop import SimulatedClock, run_simulated
 
 

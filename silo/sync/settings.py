@@ -1,0 +1,63 @@
+"""The numbers of sync and restore, validated where they enter. Values only."""
+
+from __future__ import annotations
+
+import attrs
+
+from silo.errors import InvalidRequestError
+
+__all__ = ["RetrySettings", "SyncSettings"]
+
+MIB = 1024 * 1024
+
+
+@attrs.frozen(kw_only=True)
+class RetrySettings:
+    """Delays in seconds. The n-th delay doubles until ``delay_max_s``; half of each is chance."""
+
+    delay_min_s: float = 0.1
+    delay_max_s: float = 15.0
+    request_timeout_s: float = 60.0
+    """One request that takes longer counts as unanswered: for 32 MiB that is half a megabyte per second."""
+
+    def __attrs_post_init__(self) -> None:
+        if not 0 < self.delay_min_s <= self.delay_max_s or self.request_timeout_s <= 0:
+            raise InvalidRequestError("delays must be positive, and the least not above the largest")
+
+
+@attrs.frozen(kw_only=True)
+class SyncSettings:
+    """Numbers of the syncer. Sizes in bytes."""
+
+    rpo_s: float = 10.0
+    """How old the newest generation may become: cuts are started so that commits keep to it."""
+    segment_size: int = 32 * MIB
+    """Largest segment. One PUT of this size costs what a PUT of one chunk costs."""
+    window: int = 96 * MIB
+    """Most bytes that are being uploaded at once. Memory is this, plus one segment being packed."""
+    batch_size: int = 2 * MIB
+    """Content that is hashed and compressed in one call in a thread: long against the 0.15 ms of the way there."""
+    threads: int = 2
+    """Threads that hash and compress."""
+    rate_bps: float | None = None
+    """Limit of the upload in bytes per second, over a few seconds; ``None`` for no limit."""
+    checkpoint_segments: int = 64
+    """Segments since the root from which on a new root is considered; four times as many force one. A restore
+    reads the index of each."""
+    drain_timeout_s: float = 60.0
+    """How long closing waits for the last commit."""
+    retry: RetrySettings = attrs.field(factory=RetrySettings)
+
+    def __attrs_post_init__(self) -> None:
+        if self.rpo_s <= 0 or self.drain_timeout_s <= 0 or not 1 <= self.threads <= 64:
+            raise InvalidRequestError("rpo_s and drain_timeout_s must be positive, threads from 1 to 64")
+        if not (
+            MIB <= self.segment_size <= 1024 * MIB and self.batch_size > 0 and self.checkpoint_segments > 0
+        ):
+            raise InvalidRequestError("segments have 1 MiB to 1 GiB; batches and checkpoints cannot be empty")
+        if self.window < self.segment_size:
+            raise InvalidRequestError("the window must hold at least one segment")
+        if self.rate_bps is not None and self.rate_bps <= 0:
+            raise InvalidRequestError(
+                "a limit of the rate must be positive", hint="leave it out for no limit"
+            )
