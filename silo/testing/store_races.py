@@ -1,0 +1,198 @@
+"""The checks of `silo.testing.check_store` in which several callers act at the same time, or one stops half-way.
+
+Each outcome is judged by asking which orders of the calls could have led to it; the sentence that a function
+checks is its docstring.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from silo.abc import Buffer, ObjectStore
+from silo.errors import ClosedError
+from silo.testing.store_bench import Bench, body_of, data, etag_of, expect, expect_bytes, listed, raises
+
+__all__ = ["CONCURRENT_CHECKS"]
+
+T = TypeVar("T")
+
+_CANCELLATIONS = 8
+
+
+async def _check_big(bench: Bench) -> None:
+    """Big objects are written and read like small ones, several at a time."""
+    bodies = [data(bench.big + index, f"big {index}") for index in range(3)]
+    keys = [f"{bench.prefix}{index}" for index in range(3)]
+    async with asyncio.TaskGroup() as group:
+        for key, body in zip(keys, bodies, strict=True):
+            parts: list[Buffer] = [body[: len(body) // 3], memoryview(body)[len(body) // 3 :]]
+            group.create_task(_settle(bench.store.put_if(key, parts, match=None)))
+    for key, body in zip(keys, bodies, strict=True):
+        expect_bytes(await body_of(bench.other, key), body, "the whole of a big object")
+        found = await bench.other.get(key, start=len(body) - 100_001, length=100_000)
+        expect(
+            found is not None and bytes(found.data) == body[-100_001:-1],
+            "a range near the end of a big object",
+        )
+        info = await bench.other.head(key)
+        expect(info is not None and info.size == len(body), f"head says {info}")
+
+
+async def _check_race_to_create(bench: Bench) -> None:
+    """Of many writers that create an object at the same time exactly one wins, and the object is its."""
+    for number in range(bench.rounds):
+        key = f"{bench.prefix}{number}"
+        size = 100_000 if number % 2 else 50
+        answers = await _together([_create(store, key, size, i) for i, store in enumerate(bench.stores)])
+        winners = [index for index, etag in enumerate(answers) if etag is not None]
+        expect(len(winners) == 1, f"{len(winners)} of {len(answers)} writers created one object")
+        expect_bytes(await body_of(bench.other, key), data(size, f"{winners[0]}"), "the winner's object")
+        expect(
+            etag_of(await bench.store.head(key)) == answers[winners[0]], "its ETag is not what the winner got"
+        )
+
+
+async def _check_race_to_replace(bench: Bench) -> None:
+    """Of many writers that replace one version exactly one wins: a counter that all increment loses no step."""
+    key = f"{bench.prefix}counter"
+    await bench.store.put(key, [b"0"])
+    total = sum(await _together([_increment(store, key, bench.rounds) for store in bench.stores]))
+    expect(total == bench.rounds * len(bench.stores), f"{total} increments succeeded")
+    count = int(bytes(await body_of(bench.other, key)))
+    expect(count == total, f"{total} increments succeeded, the counter stands at {count}")
+
+
+async def _check_put_against_replace(bench: Bench) -> None:
+    """``put_if`` is atomic against ``put``: whichever comes first, the plain put is what stays."""
+    for number in range(bench.rounds):
+        key = f"{bench.prefix}{number}"
+        old = await bench.store.put(key, [b"old"])
+        racers: list[Awaitable[Any]] = [
+            bench.store.put_if(key, [b"swapped"], match=old),
+            bench.other.put(key, [b"put"]),
+        ]
+        await _together(racers)
+        expect_bytes(await body_of(bench.store, key), b"put", "a plain put was undone by a compare-and-swap")
+
+
+async def _check_delete_against_replace(bench: Bench) -> None:
+    """``put_if`` is atomic against ``delete``: whichever comes first, the object is gone in the end."""
+    for number in range(bench.rounds):
+        key = f"{bench.prefix}{number}"
+        old = await bench.store.put(key, [b"old"])
+        racers: list[Awaitable[Any]] = [
+            bench.store.put_if(key, [b"swapped"], match=old),
+            bench.other.delete([key]),
+        ]
+        await _together(racers)
+        expect(await bench.store.get(key) is None, "a deleted object came back through a compare-and-swap")
+
+
+async def _check_readers_see_whole_objects(bench: Bench) -> None:
+    """A reader sees one version of an object and its ETag, never a mixture, while writers replace it."""
+    key, size = f"{bench.prefix}object", 200_000
+    bodies = [data(size + index, f"version {index}") for index in range(3)]
+    etags = {await bench.store.put(key, [body]): body for body in bodies}
+    done = asyncio.Event()
+
+    async def write() -> None:
+        for number in range(4 * bench.rounds):
+            await bench.store.put(key, [bodies[number % 3]])
+        done.set()
+
+    async def read() -> None:
+        while not done.is_set():
+            found = await bench.other.get(key, start=1000, length=150_000)
+            expect(found is not None, "an object was absent while it was replaced")
+            if found is not None:
+                whole = [body for body in bodies if len(body) == found.size]
+                expect(bool(whole) and bytes(found.data) == whole[0][1000:151_000], "a torn object was read")
+                expect(
+                    etags.get(found.etag, whole[0]) == whole[0], "an ETag came with another version's content"
+                )
+
+    await _together([write(), read(), read()])
+
+
+async def _check_cancelled_put(bench: Bench) -> None:
+    """A put that is cancelled writes all of its object or nothing of it, and the store goes on as before."""
+    body = data(bench.big, "cancelled")
+    for after_turns in range(_CANCELLATIONS):
+        key = f"{bench.prefix}{after_turns}"
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(_settle(bench.store.put_if(key, [body[:1000], body[1000:]], match=None)))
+            for _ in range(after_turns + 1):
+                await asyncio.sleep(0)
+            task.cancel()
+        found = await bench.other.get(key)
+        expect(
+            found is None or bytes(found.data) == body,
+            f"half an object after {after_turns} turns of the loop",
+        )
+        sizes = {info.size for info in await listed(bench.other, key)}
+        expect(sizes <= {len(body)}, f"the listing shows {sizes}")
+        await bench.store.put(key, [b"after"])
+        expect_bytes(await body_of(bench.store, key), b"after", "written after a cancelled put")
+
+
+async def _check_closed(bench: Bench) -> None:
+    """``aclose`` may be called twice, and every other call after it raises `ClosedError`."""
+    store, key = bench.store, f"{bench.prefix}object"
+    await store.put(key, [b"x"])
+    await store.aclose()
+    await store.aclose()
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "put": lambda: store.put(key, [b"y"]),
+        "put_if": lambda: store.put_if(key, [b"y"], match=None),
+        "get": lambda: store.get(key),
+        "head": lambda: store.head(key),
+        "delete": lambda: store.delete([key]),
+        "list": lambda: listed(store, bench.prefix),
+    }
+    for name, call in calls.items():
+        with raises(ClosedError, f"{name} after aclose"):
+            await call()
+    expect_bytes(await body_of(bench.other, key), b"x", "read through a handle that is still open")
+
+
+CONCURRENT_CHECKS = (
+    _check_big,
+    _check_race_to_create,
+    _check_race_to_replace,
+    _check_put_against_replace,
+    _check_delete_against_replace,
+    _check_readers_see_whole_objects,
+    _check_cancelled_put,
+    _check_closed,
+)
+
+
+async def _settle(call: Awaitable[T]) -> T:
+    """A coroutine of any awaitable, for a task."""
+    return await call
+
+
+async def _together(calls: Sequence[Awaitable[T]]) -> list[T]:
+    """Await all at the same time; their results in order."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_settle(call)) for call in calls]
+    return [task.result() for task in tasks]
+
+
+async def _create(store: ObjectStore, key: str, size: int, writer: int) -> str | None:
+    return await store.put_if(key, [data(size, f"{writer}")], match=None)
+
+
+async def _increment(store: ObjectStore, key: str, times: int) -> int:
+    """Add one to a counter so many times, trying again whenever somebody else was faster."""
+    done = 0
+    while done < times:
+        found = await store.get(key)
+        expect(found is not None, "the counter is gone")
+        if found is not None:
+            following = str(int(bytes(found.data)) + 1).encode()
+            if await store.put_if(key, [following], match=found.etag) is not None:
+                done += 1
+    return done
