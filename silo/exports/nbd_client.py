@@ -21,7 +21,7 @@ from typing import Final, Self
 from silo.abc import Buffer
 from silo.errors import ClosedError, RemoteProtocolError, SiloError, UnavailableError
 from silo.exports.nbd_client_dial import CONNECT_TIMEOUT_S, converse
-from silo.exports.nbd_client_handshake import RICHEST_FIRST, NbdExport, open_export
+from silo.exports.nbd_client_handshake import RICHEST_FIRST, RemoteExport, open_export
 from silo.exports.nbd_client_replies import NbdRequest
 from silo.exports.nbd_client_session import ClientSession
 from silo.exports.nbd_session import HeaderStyle
@@ -52,9 +52,9 @@ class NbdClient:
     read leaves nothing behind. A cancelled write, trim or zeroing may still be applied, until `settle` has returned.
     """
 
-    export: NbdExport
+    export: RemoteExport
 
-    def __init__(self, connection: socket.socket, export: NbdExport) -> None:
+    def __init__(self, connection: socket.socket, export: RemoteExport) -> None:
         self.export = export
         self._socket = connection
         self._session = ClientSession(export)

@@ -13,10 +13,11 @@ import socket
 from collections.abc import Sequence
 from typing import Final, TypeVar
 
+from silo.addresses import UnixAddress
 from silo.errors import InvalidRequestError, UnavailableError
 from silo.exports import nbd_client_handshake as handshake
-from silo.exports.nbd_client_handshake import Conversation, ExportEntry, NbdExport
-from silo.exports.nbd_uri import NbdUri, UnixAddress, parse_uri
+from silo.exports.nbd_client_handshake import Conversation, ExportEntry, RemoteExport
+from silo.exports.nbd_uri import NbdUri, parse_uri
 
 __all__ = ["CONNECT_TIMEOUT_S", "converse", "describe_export", "list_contexts", "list_exports"]
 
@@ -35,7 +36,7 @@ async def list_exports(uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> lis
 
 async def describe_export(
     uri: str, *, export: str | None = None, timeout_s: float = CONNECT_TIMEOUT_S
-) -> NbdExport:
+) -> RemoteExport:
     """Size and abilities of an export, without opening it."""
     name = parse_uri(uri).export if export is None else export
     return await _ask(uri, handshake.describe_export(name), timeout_s)

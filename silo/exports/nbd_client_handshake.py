@@ -55,7 +55,7 @@ __all__ = [
     "RICHEST_FIRST",
     "Conversation",
     "ExportEntry",
-    "NbdExport",
+    "RemoteExport",
     "describe_export",
     "list_contexts",
     "list_exports",
@@ -90,7 +90,7 @@ class ExportEntry:
 
 
 @attrs.frozen
-class NbdExport:
+class RemoteExport:
     """What a server told of an export, and how it will be spoken with."""
 
     name: str
@@ -124,7 +124,7 @@ class _Answer:
 
 def open_export(
     name: str, *, contexts: Sequence[str] = (), styles: Sequence[HeaderStyle] = RICHEST_FIRST
-) -> Conversation[NbdExport]:
+) -> Conversation[RemoteExport]:
     """Enter transmission with an export.
 
     ``styles`` are the styles of headers to ask for, the best first; simple ones need no asking.
@@ -143,7 +143,7 @@ def open_export(
     return _export_from(answer, name, style, selected)
 
 
-def describe_export(name: str) -> Conversation[NbdExport]:
+def describe_export(name: str) -> Conversation[RemoteExport]:
     """Ask what an export is without opening it, then part. The result names no contexts."""
     yield from _greet_fixed()
     style = yield from _agree_on_style(RICHEST_FIRST)
@@ -237,16 +237,16 @@ def _select_contexts(name: str, contexts: Sequence[str], style: HeaderStyle) -> 
     return dict(selected)
 
 
-def _open_by_name(name: str, server: HandshakeFlag, style: HeaderStyle) -> Conversation[NbdExport]:
+def _open_by_name(name: str, server: HandshakeFlag, style: HeaderStyle) -> Conversation[RemoteExport]:
     """Enter transmission the old way."""
     yield encode_option(Option.EXPORT_NAME, name.encode())
     size, flags = EXPORT_NAME_REPLY.unpack((yield EXPORT_NAME_REPLY.size))
     if HandshakeFlag.NO_ZEROES not in server:
         yield len(ZERO_PADDING)
-    return NbdExport(name, size, TransmissionFlag(flags), style)
+    return RemoteExport(name, size, TransmissionFlag(flags), style)
 
 
-def _export_from(answer: _Answer, name: str, style: HeaderStyle, contexts: Mapping[int, str]) -> NbdExport:
+def _export_from(answer: _Answer, name: str, style: HeaderStyle, contexts: Mapping[int, str]) -> RemoteExport:
     """Put together what ``GO`` or ``INFO`` told."""
     if not answer.accepted:
         raise _refusal(answer, f"the export {name!r}")
@@ -255,7 +255,7 @@ def _export_from(answer: _Answer, name: str, style: HeaderStyle, contexts: Mappi
         raise RemoteProtocolError("the server agreed without telling the size of the export")
     size, flags = decode_info_export(told[Info.EXPORT])
     sizes = told.get(Info.BLOCK_SIZE)
-    return NbdExport(
+    return RemoteExport(
         name=decode_name(told[Info.NAME][2:]) if Info.NAME in told else name,
         size=size,
         flags=TransmissionFlag(flags),

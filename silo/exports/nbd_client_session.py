@@ -23,7 +23,7 @@ from typing import Final
 from silo.abc import Buffer
 from silo.errors import InvalidRequestError
 from silo.exports.nbd_chunks import encode_status_filter
-from silo.exports.nbd_client_handshake import NbdExport
+from silo.exports.nbd_client_handshake import RemoteExport
 from silo.exports.nbd_client_replies import NbdRequest, ReplyReader
 from silo.exports.nbd_session import HeaderStyle
 from silo.exports.nbd_wire import (
@@ -59,7 +59,7 @@ _PAYLOAD_LEN: Final = CommandFlag.PAYLOAD_LEN.value
 class ClientSession:
     """One connection in transmission. Not for concurrent use by threads."""
 
-    def __init__(self, export: NbdExport) -> None:
+    def __init__(self, export: RemoteExport) -> None:
         self.export = export
         self._extended = export.style is HeaderStyle.EXTENDED
         self._offered = int(export.flags)

@@ -5,8 +5,8 @@ Two are understood. The URI of the NBD project names server and export at once::
     nbd://host[:port][/export]
     nbd+unix:///[export]?socket=/path
 
-and Silo's own address names the server only: ``unix:/path`` or ``tcp:host:port`` (an IPv6 address in brackets).
-Neither ever carries a secret.
+and an address of `silo.addresses`, ``unix:/path`` or ``tcp:host:port``, names the server only. Neither ever
+carries a secret.
 """
 
 from __future__ import annotations
@@ -15,39 +15,15 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import attrs
 
+from silo.addresses import TcpAddress, UnixAddress, parse_address
 from silo.errors import InvalidRequestError
 
-__all__ = ["NBD_PORT", "NbdUri", "TcpAddress", "UnixAddress", "parse_address", "parse_uri"]
+__all__ = ["NBD_PORT", "NbdUri", "parse_uri"]
 
 NBD_PORT = 10809
 """Registered for NBD; used when a URI names no port."""
 
 _FORMS = "write nbd://host:port/export, nbd+unix:///export?socket=/path, unix:/path or tcp:host:port"
-
-
-@attrs.frozen
-class UnixAddress:
-    """A Unix socket by its path."""
-
-    path: str
-
-    def __str__(self) -> str:
-        return f"unix:{self.path}"
-
-
-@attrs.frozen
-class TcpAddress:
-    """A host, by name or number, and a port."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"tcp:{self._bracketed}:{self.port}"
-
-    @property
-    def _bracketed(self) -> str:
-        return f"[{self.host}]" if ":" in self.host else self.host
 
 
 @attrs.frozen
@@ -62,17 +38,6 @@ class NbdUri:
         if isinstance(self.address, UnixAddress):
             return f"nbd+unix:///{export}?socket={quote(self.address.path)}"
         return f"nbd://{str(self.address).removeprefix('tcp:')}/{export}"
-
-
-def parse_address(text: str) -> UnixAddress | TcpAddress:
-    """Read ``unix:/path`` or ``tcp:host:port``. `InvalidRequestError` for anything else."""
-    kind, _, rest = text.partition(":")
-    if kind == "unix" and rest:
-        return UnixAddress(rest)
-    host, separator, port = rest.rpartition(":")
-    if kind == "tcp" and separator and port.isdecimal() and 0 <= int(port) <= 65535:
-        return TcpAddress(host.removeprefix("[").removesuffix("]"), int(port))
-    raise InvalidRequestError(f"{text!r} is not an address", hint="write unix:/path or tcp:host:port")
 
 
 def parse_uri(text: str) -> NbdUri:

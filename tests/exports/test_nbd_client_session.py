@@ -6,7 +6,7 @@ import pytest
 
 from silo.errors import InvalidRequestError
 from silo.exports.nbd_chunks import decode_status_filter
-from silo.exports.nbd_client_handshake import NbdExport
+from silo.exports.nbd_client_handshake import RemoteExport
 from silo.exports.nbd_client_session import ClientSession
 from silo.exports.nbd_options import BlockSizes
 from silo.exports.nbd_replies import replies_for
@@ -19,8 +19,8 @@ SIZE = 1 << 40
 
 def export(
     style: HeaderStyle = HeaderStyle.SIMPLE, flags: TransmissionFlag = ALL, size: int = SIZE
-) -> NbdExport:
-    return NbdExport(
+) -> RemoteExport:
+    return RemoteExport(
         "disk", size, flags, style, BlockSizes(512, 4096, 1 << 20), {1: "base:allocation", 2: "x:y"}
     )
 
@@ -176,7 +176,7 @@ def test_refuses_what_was_not_offered() -> None:
         lambda: bare.block_status(0, 512, contexts=["x:y"]),
         lambda: bare.read(0, data),
         lambda: bare.read(0, memoryview(bytearray((1 << 20) + 512))),
-        lambda: ClientSession(NbdExport("", 512, ALL)).block_status(0, 512),
+        lambda: ClientSession(RemoteExport("", 512, ALL)).block_status(0, 512),
         lambda: ClientSession(export()).block_status(0, 512, contexts=["no:such"]),
         lambda: ClientSession(export(flags=ALL | TransmissionFlag.READ_ONLY)).write(0, data),
     ):
