@@ -3,7 +3,8 @@
 A `MemoryStore` is the far side, the thing that outlives every host. Hosts reach it through handles made by
 `MemoryStore.client`, each of which is an `silo.abc.ObjectStore`. Killing a handle is how a simulated crash
 looks from the store: whatever was on its way is dropped, or lands later when the store's ``lands`` function
-says so, which is what a real network does with a PUT whose sender has died.
+says so, which is what a real network does with a PUT whose sender has died. (A `SimulatedProcess` that is killed
+takes its timers with it; kill its handles too, and what lands later does so as nobody's.)
 
 An operation travels half of ``latency_s`` to the store, acts there in one step, and travels back. It always
 gives way to other tasks at least once. Time is the event loop's and the given clock's; nothing is random, so a
@@ -17,6 +18,7 @@ became of it. One event loop; no locks, because nothing awaits between looking a
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
@@ -188,7 +190,10 @@ class MemoryStore:
         landing = _Landing(operation, act)
         self._late.append(landing)
         if delay_s is not None:
-            landing.timer = asyncio.get_running_loop().call_later(delay_s, self._land, landing)
+            # In a context of its own, so that a simulated process that dies meanwhile does not take it along.
+            context = contextvars.Context()
+            loop = asyncio.get_running_loop()
+            landing.timer = loop.call_later(delay_s, self._land, landing, context=context)
 
     def _land(self, landing: _Landing) -> None:
         self._late.remove(landing)
@@ -211,12 +216,16 @@ class MemoryClient(ObjectStore):
         """As `MemoryStore.offline`, for this handle only: a host that is cut off while others are not."""
         self._closed = ""
         self._waits: set[asyncio.Future[None]] = set()
+        self._coming: dict[Operation, Callable[[], object]] = {}
+        """Operations on their way to the store, and what each will do there."""
 
     def kill(self) -> None:
         """Die as a host does: operations under way end with `ClosedError`, mutations not yet applied are dropped
         unless the store's ``lands`` says that they land later. What was applied stays applied.
         """
         self._closed = "the store's client was killed"
+        for operation in list(self._coming):
+            self._abandon(operation)
         for wait in self._waits:
             if not wait.done():
                 wait.set_exception(ClosedError(self._closed))
@@ -327,21 +336,29 @@ class MemoryClient(ObjectStore):
         kind = fault.kind if fault else None
         delay_s = (fault.delay_s or 0.0) if fault and kind is FaultKind.DELAY else 0.0
         late = kind is FaultKind.LATE or delay_s > self.store.timeout_s
+        self._coming[operation] = act
         try:
             await self._pause(self.store.latency_s / 2 + min(delay_s, self.store.timeout_s))
             if kind is FaultKind.HOLD:
                 await self._hold(operation)
         except (asyncio.CancelledError, ClosedError):
-            operation.outcome = Outcome.ABANDONED
-            lands_s = self.store.lands(operation) if operation.mutates and self.store.lands else None
-            if lands_s is not None:
-                self.store._land_after(operation, act, lands_s)
+            self._abandon(operation)
             raise
+        del self._coming[operation]
         if late and fault is not None:
             rest_s = fault.delay_s if kind is FaultKind.LATE else delay_s - self.store.timeout_s
             if operation.mutates:
                 self.store._land_after(operation, act, rest_s)
             raise self._failed(operation, Outcome.FAILED, "the store did not answer in time")
+
+    def _abandon(self, operation: Operation) -> None:
+        act = self._coming.pop(operation, None)
+        if act is None:
+            return  # we were killed, which has seen to it
+        operation.outcome = Outcome.ABANDONED
+        lands_s = self.store.lands(operation) if operation.mutates and self.store.lands else None
+        if lands_s is not None:
+            self.store._land_after(operation, act, lands_s)
 
     @property
     def _cut_off(self) -> bool:

@@ -49,12 +49,12 @@ _NO_ETAG = "0" * 32
 
 
 async def check_store(
-    make_store: MakeStore, *, writers: int = 8, rounds: int = 5, big: int = 5 << 20, listed: int = 30
+    make_store: MakeStore, *, writers: int = 8, rounds: int = 5, big: int = 5 << 20, many: int = 30
 ) -> None:
     """Raise ``AssertionError`` when the stores that ``make_store`` makes break the contract.
 
     Every call of ``make_store`` must return another handle on one and the same store; ``writers`` of them (two at
-    least) race, ``rounds`` times each. ``big`` is the size of the largest object, ``listed`` the number of objects in
+    least) race, ``rounds`` times each. ``big`` is the size of the largest object, ``many`` the number of objects in
     the largest listing: above a thousand it needs several pages on S3.
     """
     checks = [
@@ -79,7 +79,7 @@ async def check_store(
             for _ in range(max(writers, 2) + 1):
                 stores.append(await make_store())
                 closing.push_async_callback(stores[-1].aclose)
-            bench = Bench(stores[1:], f"{_ROOT}{name}/", rounds, big, listed)
+            bench = Bench(stores[1:], f"{_ROOT}{name}/", rounds, big, many)
             cleaner = attrs.evolve(bench, stores=stores[:1])
             await empty(cleaner)
             with noted(f"{check.__name__}: {check.__doc__}"):

@@ -32,7 +32,7 @@ class Bench:
     prefix: str
     rounds: int
     big: int
-    listed: int
+    many: int
 
     @property
     def store(self) -> ObjectStore:

@@ -72,7 +72,7 @@ async def _check_list(bench: Bench) -> None:
         "z",
         "-",
     ]
-    names += [f"many/{i:05}" for i in range(bench.listed)]
+    names += [f"many/{i:05}" for i in range(bench.many)]
     limit = asyncio.Semaphore(16)
 
     async def put(index: int, name: str) -> None:
