@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -44,8 +45,10 @@ __all__ = [
     "ChunkMap",
     "Indices",
     "Residency",
+    "after_power_loss",
     "after_restart",
     "indices_of",
+    "join_indices",
     "runs_of",
 ]
 
@@ -91,19 +94,38 @@ def runs_of(indices: Indices) -> list[tuple[int, int]]:
 
 def indices_of(runs: Iterable[tuple[int, int]]) -> Indices:
     """The inverse of `runs_of`."""
-    parts = [np.arange(first, limit, dtype=np.int64) for first, limit in runs]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+    return join_indices(np.arange(first, limit, dtype=np.int64) for first, limit in runs)
+
+
+def join_indices(parts: Iterable[Indices]) -> Indices:
+    """One array from many, also from none."""
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
 
 def after_restart(states: npt.NDArray[np.uint8]) -> None:
-    """Make the bytes that a dead process left meaningful again, in place.
+    """Make the bytes that a dead process left meaningful again, in place. The page cache has survived.
 
     Nothing is in transition any more, no cut needs old content, and what was taken for a cut is dirty again
-    because nobody knows whether the commit happened.
+    because nobody knows whether the commit happened. A write may have been on its way to a ZERO chunk: it was
+    marked or locked, and the device may hold a part of it.
     """
+    zero = states & RESIDENCY_MASK == Residency.ZERO
+    states[zero & (states & (LOCKED | DIRTY_BITS) != 0)] += Residency.ZERO_UNPUNCHED - Residency.ZERO
     taken = (states & SYNC_IN_CUT) >> 1
     states &= np.uint8(0xFF & ~(LOCKED | FROZEN | SYNC_IN_CUT))
     states |= taken
+
+
+def after_power_loss(states: npt.NDArray[np.uint8]) -> None:
+    """Make the last durable copy of the states meaningful again, in place, on a device that lost its cache.
+
+    Only the residency counts. A first write to a ZERO chunk is made durable without a new copy of the map, so
+    ZERO means *as the device has it*: PRESENT. What the last commit has of the local chunks is not known any
+    more, so all of them count as dirty.
+    """
+    states &= np.uint8(RESIDENCY_MASK)
+    states[states == Residency.ZERO] = Residency.PRESENT
+    states[states > Residency.ABSENT_PEER] |= np.uint8(SYNC_DIRTY)
 
 
 class ChunkMap:
@@ -156,19 +178,23 @@ class ChunkMap:
     def mark(self, chunk: int, bits: int) -> None:
         """Set dirty bits of one chunk."""
         self.states[chunk] |= bits
-        self.summary[chunk >> WINDOW_SHIFT] |= bits & DIRTY_BITS
+        self.note(chunk, bits)
+
+    def note(self, chunk: int, bits: int) -> None:
+        """Say in the summary that dirty bits were set in the window of ``chunk``."""
+        self.summary[chunk >> WINDOW_SHIFT] |= bits
 
     def mark_run(self, first: int, limit: int, bits: int) -> None:
         """Set dirty bits of a run of chunks."""
         for window, states in self._windows(first, limit):
             states |= bits
-            self.summary[window] |= bits & DIRTY_BITS
+            self.summary[window] |= bits
 
     def mark_many(self, indices: Indices, bits: int) -> None:
         """Set dirty bits of any chunks."""
         self.view[indices] |= np.uint8(bits)
         for window in np.unique(indices >> WINDOW_SHIFT):
-            self.summary[int(window)] |= bits & DIRTY_BITS
+            self.summary[int(window)] |= bits
 
     def clear_many(self, indices: Indices, bits: int) -> None:
         """Clear bits of any chunks."""
@@ -182,26 +208,35 @@ class ChunkMap:
         stop = self.count if limit is None else limit
         return np.flatnonzero((self.view[first:stop] & mask) == value) + first
 
-    def select_dirty(self, bits: int) -> Indices:
-        """Ascending indices of the chunks with any of the dirty ``bits``; costs what is dirty, not what exists."""
-        parts = []
+    def windows_with(self, mask: int, value: int) -> list[int]:
+        """The windows of the map in which some chunk's state, masked, equals ``value``. Reads every byte."""
+        return [
+            window for window, states in self._windows(0, self.count) if bool((states & mask == value).any())
+        ]
+
+    def dirty_windows(self, bits: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
+        """``(first, states)`` of the windows that have any of the dirty ``bits``, ascending.
+
+        Costs what is dirty, not what exists: the summary says where to look, and is corrected where it is late.
+        """
         for window, seen in enumerate(self.summary):
             if seen & bits:
-                low = window << WINDOW_SHIFT
-                found = np.flatnonzero(self.view[low : low + WINDOW] & bits)
-                if len(found):
-                    parts.append(found + low)
-                self.summary[window] = seen & ~bits if not len(found) else seen
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+                first = window << WINDOW_SHIFT
+                states = self.view[first : first + WINDOW]
+                found = int(np.bitwise_or.reduce(states)) & DIRTY_BITS
+                self.summary[window] = found
+                if found & bits:
+                    yield first, states
+
+    def select_dirty(self, bits: int) -> Indices:
+        """Ascending indices of the chunks with any of the dirty ``bits``."""
+        return join_indices(
+            np.flatnonzero(states & bits) + first for first, states in self.dirty_windows(bits)
+        )
 
     def count_dirty(self, bits: int) -> int:
         """How many chunks have any of the dirty ``bits``."""
-        total = 0
-        for window, seen in enumerate(self.summary):
-            if seen & bits:
-                low = window << WINDOW_SHIFT
-                total += int(np.count_nonzero(self.view[low : low + WINDOW] & bits))
-        return total
+        return sum(int(np.count_nonzero(states & bits)) for _, states in self.dirty_windows(bits))
 
     def count_residency(self) -> dict[Residency, int]:
         """How many chunks are in each residency. Reads every byte."""
@@ -216,8 +251,5 @@ class ChunkMap:
         if limit <= first:
             return []
         values = self.view[first:limit] & RESIDENCY_MASK
-        edges = np.concatenate(([0], np.flatnonzero(np.diff(values)) + 1, [limit - first]))
-        return [
-            (int(low) + first, int(high) + first, Residency(int(values[low])))
-            for low, high in zip(edges[:-1], edges[1:], strict=True)
-        ]
+        edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), limit - first]
+        return [(low + first, high + first, Residency(int(values[low]))) for low, high in pairwise(edges)]

@@ -23,9 +23,9 @@ from typing import IO
 import attrs
 
 from silo.abc import BlockDevice, Buffer
-from silo.chunkmap import FROZEN, ChunkMap, Indices, runs_of
-from silo.dirtymap import freeze, restore, settle, take_sync
-from silo.errors import InvariantError
+from silo.chunkmap import FROZEN, ChunkMap
+from silo.dirtymap import restore, settle, take_sync
+from silo.errors import CapacityError, InvariantError
 from silo.geometry import Geometry
 
 __all__ = ["CopySpace", "Cut", "VolumeCut"]
@@ -51,12 +51,12 @@ class CopySpace:
             return content
         if size > self._spill_left:
             return None
-        if self._file is None:
-            self._file = tempfile.TemporaryFile(prefix="silo-copies-", dir=self._directory)  # noqa: SIM115
         try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="silo-copies-", dir=self._directory)  # noqa: SIM115
             written = os.pwrite(self._file.fileno(), content, self._end)
         except OSError:
-            return None  # a full disk is one more way of having no room
+            return None  # a full disk, or a directory that is gone, is one more way of having no room
         if written != size:
             return None
         place = (self._end, size)
@@ -85,6 +85,7 @@ class CopySpace:
 
     def close(self) -> None:
         """Release everything. Twice is harmless."""
+        self._memory_left = self._spill_left = self.used = 0
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -109,10 +110,9 @@ class VolumeCut:
         self._space = space
         self._on_overflow = on_overflow
         self._copies: dict[int, bytes | tuple[int, int]] = {}
-        present, zero = take_sync(chunks)
-        freeze(chunks, present)
-        self.data: Indices = present
-        self.zeros: list[tuple[int, int]] = runs_of(zero)
+        self._is_live = True
+        self._overflowed = False
+        self.data, self.zeros = take_sync(chunks)
 
     def save(self, chunk: int, content: Buffer) -> None:
         """Keep the old content of a frozen chunk, which then thaws. Synchronous: the write follows at once."""
@@ -126,36 +126,53 @@ class VolumeCut:
     async def read(self, chunk: int) -> Buffer:
         """The content that a ``data`` chunk had at the instant of the cut, as bytes that nobody will change.
 
-        Concurrent calls are allowed. Cancellation leaves nothing behind. Not after `release` of the chunk, nor
-        once the cut has overflowed.
+        Concurrent calls are allowed. Cancellation leaves nothing behind. `CapacityError` once the cut has
+        overflowed: it must be abandoned. Not after `release` of the chunk, nor after the end of the cut.
         """
-        kept = self._copies.get(chunk)
+        kept = self._kept(chunk)
         if kept is not None:
-            return self._space.get(kept)
-        if not self._chunks.states[chunk] & FROZEN:
-            raise InvariantError(
-                f"chunk {chunk} of {self.name} is no longer frozen", hint="the cut was released"
-            )
+            return kept
         offset, length = self.geometry.extent_of(chunk)
         live = self._device.read_nowait(offset, length)
         if live is not None:
             return bytes(live)
         content = await self._device.read(offset, length)
         # While the device was reading, a guest write may have copied the old content aside and gone on.
+        kept = self._kept(chunk)
+        return content if kept is None else kept
+
+    def _kept(self, chunk: int) -> bytes | None:
+        """The copy of a chunk; ``None`` while the device still has the old content. Else an error."""
+        if self._overflowed:
+            raise CapacityError(
+                "there was no room to keep old content for the cut", hint="abandon it, try again"
+            )
         kept = self._copies.get(chunk)
-        return content if kept is None else self._space.get(kept)
+        if kept is not None:
+            return self._space.get(kept)
+        if not (self._is_live and self._chunks.states[chunk] & FROZEN):
+            raise InvariantError(f"chunk {chunk} of {self.name} was released, or its cut has ended")
+        return None
 
     def release(self, chunk: int) -> None:
-        """The content is captured elsewhere: the volume may overwrite it without a copy."""
+        """The content is captured elsewhere: the volume may overwrite it without a copy.
+
+        Harmless after the end of the cut, when the chunk may be frozen for another one.
+        """
+        if not self._is_live:
+            return
         kept = self._copies.pop(chunk, None)
         if kept is not None:
             self._space.drop(kept)
         self._chunks.states[chunk] &= ~FROZEN & 0xFF
 
-    def thaw(self) -> None:
+    def thaw(self, *, overflowed: bool = False) -> None:
         """Stop protecting old content, because the cut is given up or decided."""
-        self._chunks.clear_many(self.data, FROZEN)
-        self._copies.clear()
+        if self._is_live:
+            self._is_live = False
+            self._overflowed = overflowed
+            self._chunks.clear_many(self.data, FROZEN)
+            self._copies.clear()
 
 
 @attrs.define
@@ -196,7 +213,8 @@ class Cut:
         """Room for copies ran out: stop protecting, so that the guest goes on. The cut must be abandoned."""
         self.overflowed = True
         for part in self.volumes.values():
-            part.thaw()
+            part.thaw(overflowed=True)
+        self._space.close()
 
     def commit(self) -> None:
         """The commit is *known*: what was in the cut is clean, unless it was written again."""

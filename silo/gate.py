@@ -45,7 +45,7 @@ class Gate:
         """
         while not self.is_open:
             if self.error is not None:
-                raise self.error
+                raise self.error.with_traceback(None)  # else each request would add its own to the shared one
             await self._opened.wait()
 
     @contextmanager

@@ -8,6 +8,7 @@ whatever thread serves its frontends.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AsyncExitStack
 
 import attrs
 
@@ -179,6 +180,7 @@ class Group:
             await volume.checkpoint()
 
     async def aclose(self) -> None:
-        """Close the devices. Does not flush: leaving the host decides what must be durable."""
-        for volume in self.volumes.values():
-            await volume.device.aclose()
+        """Close all devices, also when one of them raises. Does not flush: the host decides what must be durable."""
+        async with AsyncExitStack() as stack:
+            for volume in self.volumes.values():
+                stack.push_async_callback(volume.device.aclose)

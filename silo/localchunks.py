@@ -5,6 +5,8 @@ telling the truth. The upper half (guest requests, hydration) decides *when*; he
 synchronous step or holds the chunk's lock around its await.
 
 * A **lock** (the ``LOCKED`` bit) belongs to one asynchronous device phase. Whoever needs the chunk waits.
+  Guest writes share a chunk that is PRESENT: they are counted instead, and only who would change its residency
+  waits for them. A chunk with either is *busy*.
 * A **fill** writes a chunk only if it is still absent: the guest always wins.
 * **Punching** makes the device read as zeros where the map already says zero. Never while a cut is after the
   old bytes.
@@ -27,10 +29,13 @@ from silo.chunkmap import (
     MIGRATION_DIRTY,
     RESIDENCY_MASK,
     SYNC_DIRTY,
+    WINDOW,
+    WINDOW_SHIFT,
     ChunkMap,
     Residency,
     runs_of,
 )
+from silo.dirtymap import take_migration
 from silo.errors import InvalidRequestError, InvariantError
 from silo.frozen import VolumeCut
 from silo.gate import Gate
@@ -44,8 +49,10 @@ PRESENT = int(Residency.PRESENT)
 ZERO = int(Residency.ZERO)
 ZERO_UNPUNCHED = int(Residency.ZERO_UNPUNCHED)
 
-PUNCH_STEP = 4096
-"""Chunks locked and punched by one device call, so that a guest write never waits for a whole disk."""
+PUNCHABLE_MASK = RESIDENCY_MASK | FROZEN | LOCKED
+
+PUNCHES_PER_FLUSH = 64
+"""Device calls of a flush that leave the rest of a large TRIM to later ones; a device that cannot punch writes."""
 
 INLINE_WRITE = 256 * 1024
 """Bytes per synchronous device call of a fill; what a device takes inline (see `silo.devices.file`)."""
@@ -81,6 +88,10 @@ class LocalChunks:
         self.device = device
         self.gate = gate
         self.chunks = chunks or ChunkMap.filled(geometry.chunk_count, Residency.PRESENT)
+        if self.chunks.count != geometry.chunk_count:
+            raise InvalidRequestError(
+                f"the map of {name} has {self.chunks.count} chunks, not {geometry.chunk_count}"
+            )
         self.heat = heat or HeatMap(geometry.chunk_count)
         self.cut: VolumeCut | None = None
         """The part of the group's cut in progress that still protects old content."""
@@ -90,9 +101,11 @@ class LocalChunks:
         self._summary = self.chunks.summary
         self._shift = geometry.chunk_shift
         self._marks = SYNC_DIRTY
+        self._writers: dict[int, int] = {}
         self._waiting: dict[int, asyncio.Event] = {}
         self._checkpoint_due = False
-        self._punch_due = True
+        self._unpunched = set(self.chunks.windows_with(RESIDENCY_MASK, ZERO_UNPUNCHED))
+        """Windows of the map that may have chunks to punch."""
         self._flush_started = 0
         self._flush_done = 0
         self._flush_turn = asyncio.Lock()
@@ -106,31 +119,75 @@ class LocalChunks:
 
     def _unlock(self, chunk: int) -> None:
         self._states[chunk] &= ~LOCKED & 0xFF
+        self._wake(chunk)
+
+    def _share(self, chunk: int) -> None:
+        self._writers[chunk] = self._writers.get(chunk, 0) + 1
+
+    def _unshare(self, chunk: int) -> None:
+        left = self._writers.pop(chunk) - 1
+        if left:
+            self._writers[chunk] = left
+        else:
+            self._wake(chunk)
+
+    def _wake(self, chunk: int) -> None:
         waiting = self._waiting.pop(chunk, None)
         if waiting is not None:
             waiting.set()
 
-    async def _wait_unlocked(self, chunk: int) -> None:
-        """No deadline: a lock is held around one device call, which cannot be shortened."""
-        if self._states[chunk] & LOCKED:
+    def _busy(self, first: int, limit: int) -> int | None:
+        """A chunk of the run that is in an asynchronous device phase, if there is one."""
+        locked = self.chunks.select(LOCKED, LOCKED, first, limit)
+        if len(locked):
+            return int(locked[0])
+        return next((chunk for chunk in self._writers if first <= chunk < limit), None)
+
+    async def _wait_busy(self, chunk: int) -> None:
+        """Return when a device phase on the chunk has ended; look again then.
+
+        No deadline: each phase is one device call, which cannot be shortened.
+        """
+        if self._states[chunk] & LOCKED or chunk in self._writers:
             await self._waiting.setdefault(chunk, asyncio.Event()).wait()
 
     # ---- what a write leaves in the map -----------------------------------------------------------------
 
-    def _mark(self, first: int, limit: int) -> None:
-        """Every chunk of the run counts as written, for all recorders and for heat."""
-        heat = self.heat
-        if limit - first > 1024:
-            heat.write_view[first:limit] += np.float32(heat.weight)
-            self.chunks.mark_run(first, limit, self._marks)
-            return
-        for chunk in range(first, limit):
-            heat.writes[chunk] += heat.weight
-            self.chunks.mark(chunk, self._marks)
+    async def _write_device(self, offset: int, data: Buffer) -> None:
+        """The asynchronous device phase of a guest write.
+
+        No await may stand between the caller's last look for obstacles and the locks.
+        """
+        first, limit = self.geometry.touched(offset, len(data))
+        shared = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK == PRESENT]
+        locked = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK != PRESENT]
+        for chunk in shared:
+            self._share(chunk)
+        for chunk in locked:
+            self._lock(chunk)
+        self.chunks.mark_run(first, limit, self._marks)
+        try:
+            with self.gate.device_phase():
+                try:
+                    await self.device.write(offset, data)
+                except BaseException:
+                    self._distrust(first, limit)
+                    raise
+                finally:
+                    # A cut may have been taken meanwhile: what it took must be dirty again.
+                    self.chunks.mark_run(first, limit, self._marks)
+                self._settle(first, limit)
+        finally:
+            for chunk in shared:
+                self._unshare(chunk)
+            for chunk in locked:
+                self._unlock(chunk)
 
     def _settle(self, first: int, limit: int) -> None:
-        """After a device write: what was touched is on the device."""
+        """After a device write: what was touched is on the device, and warmer."""
+        heat = self.heat
         for chunk in range(first, limit):
+            heat.writes[chunk] += heat.weight
             residency = self._states[chunk] & RESIDENCY_MASK
             if residency != PRESENT:
                 # After power loss a ZERO chunk is taken from the device as it is, so only the others matter.
@@ -141,26 +198,28 @@ class LocalChunks:
         """After a failed device write: a chunk that was zero on the device may not be so any more."""
         for chunk in range(first, limit):
             if self._states[chunk] & RESIDENCY_MASK == ZERO:
-                self.chunks.set_residency(chunk, Residency.ZERO_UNPUNCHED)
-                self._checkpoint_due = self._punch_due = True
+                self._set_unpunched(chunk)
 
-    def _zero_run_nowait(self, first: int, limit: int) -> bool:
-        """Make a run of chunks zero in the map, in one step; False when one of them is locked."""
+    def _set_unpunched(self, chunk: int) -> None:
+        self.chunks.set_residency(chunk, Residency.ZERO_UNPUNCHED)
+        self._checkpoint_due = True
+        self._unpunched.add(chunk >> WINDOW_SHIFT)
+
+    def _zero_run(self, first: int, limit: int) -> None:
+        """Make a run of chunks zero in the map, in one step. None of them may be busy."""
         states = self.chunks.view[first:limit]
-        if bool((states & LOCKED).any()):
-            return False
         changed = states & RESIDENCY_MASK != ZERO
         if bool(changed.any()):
-            self._checkpoint_due = self._punch_due = True
+            self._checkpoint_due = True
+            self._unpunched.update(range(first >> WINDOW_SHIFT, (limit - 1 >> WINDOW_SHIFT) + 1))
             states &= 0xFF & ~RESIDENCY_MASK
             states |= np.where(changed, np.uint8(ZERO_UNPUNCHED), np.uint8(ZERO))
-            self._mark(first, limit)
-        return True
+            self.chunks.mark_run(first, limit, self._marks)
 
     def record_migration(self, on: bool) -> None:
         """Start or stop marking writes for the migration recorder. Starting begins with every chunk clean."""
         if on:
-            self.chunks.clear_many(self.chunks.select_dirty(MIGRATION_DIRTY), MIGRATION_DIRTY)
+            take_migration(self.chunks)
         self._marks = SYNC_DIRTY | MIGRATION_DIRTY if on else SYNC_DIRTY
 
     # ---- copy-before-write ------------------------------------------------------------------------------
@@ -207,32 +266,25 @@ class LocalChunks:
         finally:
             states &= ~LOCKED & 0xFF
             for chunk in [chunk for chunk in self._waiting if first <= chunk < limit]:
-                self._unlock(chunk)
+                self._wake(chunk)
 
-    async def _punch(self) -> None:
-        """Punch whatever was zeroed and is not needed by a cut."""
-        if not self._punch_due:
-            return
-        self._punch_due = False
-        for low in range(0, self.chunks.count, PUNCH_STEP):
-            high = min(low + PUNCH_STEP, self.chunks.count)
-            unpunched = self.chunks.select(RESIDENCY_MASK, ZERO_UNPUNCHED, low, high)
-            if len(unpunched) == 0:
-                continue
-            for first, limit in runs_of(unpunched):
-                # Earlier runs have awaited: look again, and leave what a cut or a writer holds for next time.
-                free = self.chunks.select(RESIDENCY_MASK | FROZEN | LOCKED, ZERO_UNPUNCHED, first, limit)
-                self._punch_due |= len(free) < limit - first
-                for run in runs_of(free):
-                    await self._punch_free(*run)
+    async def punch(self, calls_max: int | None = None) -> None:
+        """Punch whatever was zeroed and is not needed by a cut or a writer; at most so many device calls of it.
 
-    async def _punch_free(self, first: int, limit: int) -> None:
-        """`_punch_run` on what is still free of the run, as the caller has awaited since it looked."""
-        free = self.chunks.select(RESIDENCY_MASK | FROZEN | LOCKED, ZERO_UNPUNCHED, first, limit)
-        if len(free) == limit - first:
-            await self._punch_run(first, limit)
-        else:
-            self._punch_due = True
+        Afterwards, when nothing was in the way, the bare device reads as the volume does.
+        """
+        for window in sorted(self._unpunched):
+            low = window << WINDOW_SHIFT
+            high = min(low + WINDOW, self.chunks.count)
+            for first, limit in runs_of(self.chunks.select(PUNCHABLE_MASK, ZERO_UNPUNCHED, low, high)):
+                if calls_max == 0:
+                    return
+                # Earlier runs have awaited: is all of this one still to be punched?
+                if len(self.chunks.select(PUNCHABLE_MASK, ZERO_UNPUNCHED, first, limit)) == limit - first:
+                    await self._punch_run(first, limit)
+                    calls_max = calls_max and calls_max - 1
+            if len(self.chunks.select(RESIDENCY_MASK, ZERO_UNPUNCHED, low, high)) == 0:
+                self._unpunched.discard(window)
 
     # ---- filling ----------------------------------------------------------------------------------------
 
@@ -242,32 +294,32 @@ class LocalChunks:
         The device is written in bounded synchronous steps. False means that nothing was decided: the chunk
         is not absent, is locked, or the device cannot do it without waiting (then `fill` can).
         """
-        state = self._states[chunk]
-        if state & LOCKED or state & RESIDENCY_MASK >= ZERO:
+        if not self._is_fillable(chunk):
             return False
         if content is None or is_zero(content):
-            self._punch_due = True
-            return self._fill_done(chunk, Residency.ZERO_UNPUNCHED, 0)
+            self._set_unpunched(chunk)
+            return True
         offset, length = self._check_content(chunk, content)
         view = memoryview(content)
         for start in range(0, length, INLINE_WRITE):
             if not self.device.write_nowait(offset + start, view[start : start + INLINE_WRITE]):
                 return False
-        return self._fill_done(chunk, Residency.PRESENT, length)
+        self._fill_done(chunk, length)
+        return True
 
     async def fill(self, chunk: int, content: Buffer | None) -> bool:
-        """As `fill_nowait`, waiting for the device. False: the chunk was not absent (any more), the guest won.
+        """As `fill_nowait`, waiting for the device.
 
-        Cancellation leaves the chunk absent. Concurrent calls are allowed; the first one wins.
+        False: the chunk is not absent any more, or somebody else is writing it at this moment (the guest, or
+        another fill). It does not wait for them, because by then the content might be older than an
+        invalidation. Cancellation leaves the chunk absent. Concurrent calls are allowed.
         """
-        while not self.fill_nowait(chunk, content):
-            if self._states[chunk] & LOCKED:
-                await self._wait_unlocked(chunk)
-            elif self._states[chunk] & RESIDENCY_MASK >= ZERO or content is None:
-                return False
-            else:
-                return await self._fill_device(chunk, content)
-        return True
+        if self.fill_nowait(chunk, content):
+            return True
+        return content is not None and self._is_fillable(chunk) and await self._fill_device(chunk, content)
+
+    def _is_fillable(self, chunk: int) -> bool:
+        return self._states[chunk] & (RESIDENCY_MASK | LOCKED) < ZERO
 
     async def _fill_device(self, chunk: int, content: Buffer) -> bool:
         offset, length = self._check_content(chunk, content)
@@ -275,7 +327,8 @@ class LocalChunks:
         try:
             with self.gate.device_phase():
                 await self.device.write(offset, content)
-            return self._fill_done(chunk, Residency.PRESENT, length)
+            self._fill_done(chunk, length)
+            return True
         finally:
             self._unlock(chunk)
 
@@ -285,20 +338,10 @@ class LocalChunks:
             raise InvariantError(f"{len(content)} bytes were offered for chunk {chunk} of {length} bytes")
         return offset, length
 
-    def _fill_done(self, chunk: int, residency: Residency, length: int) -> bool:
-        self.chunks.set_residency(chunk, residency)
+    def _fill_done(self, chunk: int, length: int) -> None:
+        self.chunks.set_residency(chunk, Residency.PRESENT)
         self._checkpoint_due = True
         self.filled_bytes += length
-        return True
-
-    async def invalidate(self, first: int, limit: int, residency: Residency) -> None:
-        """Target of a migration, before the claim: the source has newer content of these chunks."""
-        if residency not in (Residency.ABSENT_PEER, Residency.ABSENT_STORE):
-            raise InvariantError(f"a chunk cannot be invalidated to {residency.name}")
-        for chunk in self.chunks.select(LOCKED, LOCKED, first, limit):
-            await self._wait_unlocked(int(chunk))
-        self.chunks.set_residency_run(first, limit, residency)
-        self._checkpoint_due = True
 
     # ---- durability -------------------------------------------------------------------------------------
 
@@ -318,7 +361,8 @@ class LocalChunks:
                     self._flush_done = started
 
     async def _flush_now(self) -> None:
-        await self._punch()
+        # Without a durable map the device itself must be zero where the guest has zeroed.
+        await self.punch(PUNCHES_PER_FLUSH if self._keeper is not None else None)
         due, self._checkpoint_due = self._checkpoint_due, False
         try:
             snapshot = bytes(self._states) if due and self._keeper is not None else None

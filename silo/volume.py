@@ -14,10 +14,11 @@ during it; then the chunks are marked again at its end, before the acknowledgeme
 PRESENT are locked for that time, so that no fill can land over the guest's bytes. A failed write leaves its
 marks.
 
-**Zeroing** changes the map at once; the device follows at the next flush, or chunk by chunk before a partial
-write.
+**Zeroing** changes the map at once, after the device phases on its chunks; the device follows at the next
+flush, or chunk by chunk before a partial write.
 
-**Hydration** is single-flight per chunk and urgency, and ends in a fill.
+**Hydration** is single-flight per chunk and urgency, and ends in a fill. What is being fetched when a chunk is
+invalidated is thrown away.
 
 What is done to a chunk on the device is in `silo.localchunks`, the lower half of the same owner.
 """
@@ -28,9 +29,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+import attrs
+
 from silo.abc import BlockDevice, Buffer, ChunkSource
 from silo.chunkmap import DIRTY_BITS, FROZEN, LOCKED, RESIDENCY_MASK, WINDOW_SHIFT, ChunkMap, Residency
-from silo.errors import InvalidRequestError, InvariantError
+from silo.errors import InvalidRequestError, InvariantError, SiloError
 from silo.gate import Gate
 from silo.geometry import Geometry
 from silo.heatmap import HeatMap
@@ -46,6 +49,14 @@ ZERO_STEP = 1 << 18
 
 HYDRATE_WINDOW = 16
 """Chunks that one guest request hydrates at a time."""
+
+
+@attrs.define(eq=False)
+class _Flight:
+    """A fetch under way, for all who wait for it."""
+
+    landed: asyncio.Event = attrs.field(factory=asyncio.Event)
+    error: SiloError | None = None
 
 
 class Volume(LocalChunks):
@@ -66,7 +77,7 @@ class Volume(LocalChunks):
         super().__init__(name, device, geometry, gate, chunks=chunks, heat=heat, keeper=keeper)
         self.read_only = read_only
         self._sources: dict[int, ChunkSource] = {}
-        self._flights: dict[tuple[int, bool], asyncio.Event] = {}
+        self._flights: dict[tuple[int, bool], _Flight] = {}
 
     # ---- the guest's side -------------------------------------------------------------------------------
 
@@ -82,9 +93,11 @@ class Volume(LocalChunks):
             return self._read_many_nowait(offset, length)
         residency = self._states[first] & RESIDENCY_MASK
         if residency == PRESENT:
-            heat = self.heat
-            heat.reads[first] += heat.weight
-            return self.device.read_nowait(offset, length)
+            found = self.device.read_nowait(offset, length)
+            if found is not None:
+                heat = self.heat
+                heat.reads[first] += heat.weight
+            return found
         if residency >= ZERO:
             return zeros(length)
         return None
@@ -94,13 +107,18 @@ class Volume(LocalChunks):
         residencies = {state & RESIDENCY_MASK for state in self._states[first:limit]}
         if min(residencies) < ZERO:
             return None
-        heat = self.heat
-        for chunk in range(first, limit):
-            heat.reads[chunk] += heat.weight
-        if residencies == {PRESENT} or residencies == {ZERO, PRESENT}:
-            return self.device.read_nowait(offset, length)  # where a chunk is ZERO the device is, too
         if PRESENT not in residencies:
             return zeros(length)
+        whole: Buffer | None
+        if ZERO_UNPUNCHED not in residencies:
+            whole = self.device.read_nowait(offset, length)  # where a chunk is ZERO the device is, too
+        else:
+            whole = self._read_runs_nowait(first, limit, offset, length)
+        if whole is not None:
+            self.heat.read_view[first:limit] += self.heat.weight
+        return whole
+
+    def _read_runs_nowait(self, first: int, limit: int, offset: int, length: int) -> bytearray | None:
         whole = bytearray(length)
         for low, high, residency in self.chunks.residency_runs(first, limit):
             if residency == PRESENT:
@@ -126,15 +144,14 @@ class Volume(LocalChunks):
             if found is not None:
                 return found
             first, limit = self.geometry.touched(offset, length)
-            absent = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK < ZERO]
-            if absent:
-                await self._hydrate_all(absent)
-                continue
-            return await self._read_device(first, limit, offset, length)
+            if all(state & RESIDENCY_MASK >= ZERO for state in self._states[first:limit]):
+                return await self._read_device(first, limit, offset, length)
+            await self._hydrate_all(first, limit, demand=True)
 
     async def _read_device(self, first: int, limit: int, offset: int, length: int) -> Buffer:
         """Read what is known locally through the device's asynchronous form."""
         runs = self.chunks.residency_runs(first, limit)
+        self.heat.read_view[first:limit] += self.heat.weight
         if len(runs) == 1 and runs[0][2] == PRESENT:
             return await self.device.read(offset, length)
         whole = bytearray(length)
@@ -159,16 +176,18 @@ class Volume(LocalChunks):
         if marked != state:
             self._states[first] = marked
             self._summary[first >> WINDOW_SHIFT] |= marked & DIRTY_BITS
+        if not self.device.write_nowait(offset, data):
+            return False
         heat = self.heat
         heat.writes[first] += heat.weight
-        return self.device.write_nowait(offset, data)
+        return True
 
     def _write_uncommon_nowait(self, offset: int, data: Buffer) -> bool:
         length = len(data)
         if self.read_only or self._obstacle(offset, length) is not None:
             return False
         first, limit = self.geometry.touched(offset, length)
-        self._mark(first, limit)
+        self.chunks.mark_run(first, limit, self._marks)
         try:
             if not self.device.write_nowait(offset, data):
                 return False
@@ -193,28 +212,6 @@ class Volume(LocalChunks):
                 return await self._write_device(offset, data)
             await obstacle()
 
-    async def _write_device(self, offset: int, data: Buffer) -> None:
-        """The asynchronous device phase. No await may stand between the last look for obstacles and the locks."""
-        first, limit = self.geometry.touched(offset, len(data))
-        unsettled = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK != PRESENT]
-        for chunk in unsettled:
-            self._lock(chunk)
-        self._mark(first, limit)
-        try:
-            with self.gate.device_phase():
-                try:
-                    await self.device.write(offset, data)
-                except BaseException:
-                    self._distrust(first, limit)
-                    raise
-                finally:
-                    # A cut may have been taken meanwhile: what it took must be dirty again.
-                    self._mark(first, limit)
-                self._settle(first, limit)
-        finally:
-            for chunk in unsettled:
-                self._unlock(chunk)
-
     def zero_nowait(self, offset: int, length: int) -> bool:
         """As `zero` when that is one bounded step, else do nothing and return False."""
         first, limit = self.geometry.covered(offset, length)
@@ -223,9 +220,11 @@ class Volume(LocalChunks):
             or not self.gate.is_open
             or self.read_only
             or self._edges(offset, length)
+            or self._busy(first, limit) is not None
         ):
             return False
-        return self._zero_run_nowait(first, limit)
+        self._zero_run(first, limit)
+        return True
 
     async def zero(self, offset: int, length: int) -> None:
         """Make the extent read as zeros. O(chunks of the map); the device gives its space back at the next flush.
@@ -240,12 +239,11 @@ class Volume(LocalChunks):
         while first < limit:
             await self.gate.wait_open()
             step = min(limit, first + ZERO_STEP)
-            if not self._zero_run_nowait(first, step):
-                # Nothing was done because a chunk is locked: wait for it, then look again.
-                locked = self.chunks.select(LOCKED, LOCKED, first, step)
-                if len(locked):
-                    await self._wait_unlocked(int(locked[0]))
+            busy = self._busy(first, step)
+            if busy is not None:
+                await self._wait_busy(busy)
                 continue
+            self._zero_run(first, step)
             first = step
             if first < limit:
                 await asyncio.sleep(0)  # a whole disk is many steps: let others run in between
@@ -277,9 +275,7 @@ class Volume(LocalChunks):
     async def prefetch(self, offset: int, length: int) -> None:
         """Hydrate the chunks that the extent touches, without delaying guests that wait for others."""
         await self.gate.wait_open()
-        first, limit = self.geometry.touched(offset, length)
-        for chunk in range(first, limit):
-            await self.hydrate(chunk)
+        await self._hydrate_all(*self.geometry.touched(offset, length), demand=False)
 
     # ---- obstacles --------------------------------------------------------------------------------------
 
@@ -297,7 +293,7 @@ class Volume(LocalChunks):
             if state & BLOCKS_WRITE == PRESENT:
                 continue
             if state & LOCKED:
-                return partial(self._wait_unlocked, chunk)
+                return partial(self._wait_busy, chunk)
             if state & FROZEN and not self._copy_aside_nowait(chunk):
                 return partial(self._copy_aside, chunk)
             covered = whole_first <= chunk < whole_limit
@@ -320,35 +316,48 @@ class Volume(LocalChunks):
     async def hydrate(self, chunk: int, *, demand: bool = False) -> None:
         """Make a chunk known locally, through the source for its residency. Harmless when it is.
 
-        Concurrent calls share one fetch; a demand does not wait behind a background fetch but does its own.
-        Raises what the source raises. Cancellation leaves the chunk as it was and lets another waiter fetch.
+        Concurrent calls share one fetch and its error; only a demand does not wait behind a background fetch
+        but does its own. Raises what the source raises. Cancellation leaves the chunk as it was and lets
+        another waiter fetch.
         """
-        key = (chunk, demand)
-        while (residency := self._states[chunk] & RESIDENCY_MASK) < ZERO:
-            flight = self._flights.get(key)
-            if flight is not None:
-                await flight.wait()  # ends when the other caller does, whatever its fate
-                continue
-            source = self._sources.get(residency)
-            if source is None:
-                raise InvariantError(f"chunk {chunk} of {self.name} is absent, and nothing can provide it")
-            flight = self._flights[key] = asyncio.Event()
-            try:
-                content = await source.fetch(self.name, chunk, demand=demand)
-                if self._states[chunk] & RESIDENCY_MASK == residency:
-                    await self.fill(chunk, content)
-            finally:
-                del self._flights[key]
-                flight.set()
+        while (state := self._states[chunk]) & RESIDENCY_MASK < ZERO:
+            flight = self._flights.get((chunk, True)) or self._flights.get((chunk, demand))
+            if state & LOCKED:
+                await self._wait_busy(chunk)
+            elif flight is None:
+                await self._fetch(chunk, demand)
+            else:
+                await flight.landed.wait()  # it ends when its caller does
+                if flight.error is not None:
+                    raise flight.error
 
-    async def _hydrate_all(self, absent: list[int]) -> None:
+    async def _fetch(self, chunk: int, demand: bool) -> None:
+        source = self._sources.get(self._states[chunk] & RESIDENCY_MASK)
+        if source is None:
+            raise InvariantError(f"chunk {chunk} of {self.name} is absent, and nothing can provide it")
+        key = (chunk, demand)
+        flight = self._flights[key] = _Flight()
+        try:
+            content = await source.fetch(self.name, chunk, demand=demand)
+            if self._flights.get(key) is flight:
+                await self.fill(chunk, content)
+        except SiloError as error:
+            flight.error = error
+            raise
+        finally:
+            if self._flights.get(key) is flight:
+                del self._flights[key]
+            flight.landed.set()
+
+    async def _hydrate_all(self, first: int, limit: int, *, demand: bool) -> None:
+        absent = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK < ZERO]
         if len(absent) == 1:
-            return await self.hydrate(absent[0], demand=True)
-        limit = asyncio.Semaphore(HYDRATE_WINDOW)
+            return await self.hydrate(absent[0], demand=demand)
+        window = asyncio.Semaphore(HYDRATE_WINDOW)
 
         async def one(chunk: int) -> None:
-            async with limit:
-                await self.hydrate(chunk, demand=True)
+            async with window:
+                await self.hydrate(chunk, demand=demand)
 
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -356,6 +365,23 @@ class Volume(LocalChunks):
                     tasks.create_task(one(chunk))
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
+
+    async def invalidate(self, first: int, limit: int, residency: Residency) -> None:
+        """Target of a migration, before the claim: the source has newer content of these chunks.
+
+        Waits for the device phases on them. From its return on, no fetch or fill that began before has an
+        effect. Cancelled, it has done nothing.
+        """
+        if residency not in (Residency.ABSENT_PEER, Residency.ABSENT_STORE):
+            raise InvariantError(f"a chunk cannot be invalidated to {residency.name}")
+        while (busy := self._busy(first, limit)) is not None:
+            await self._wait_busy(busy)
+        if self.cut is not None:
+            raise InvariantError(f"chunks of {self.name} were invalidated during a cut")
+        self.chunks.set_residency_run(first, limit, residency)
+        self._checkpoint_due = True
+        for key in [key for key in self._flights if first <= key[0] < limit]:
+            del self._flights[key]
 
     async def read_chunk(self, chunk: int) -> Buffer | None:
         """The current content, as bytes that nobody will change; ``None`` when it is all zeros.
