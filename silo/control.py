@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 import attrs
@@ -62,10 +64,8 @@ class Request(msgspec.Struct, forbid_unknown_fields=True):
     args: dict[str, Any] = {}
 
 
-def _error_line(error: Exception) -> dict[str, Any]:
-    message = error.message if isinstance(error, SiloError) else f"{type(error).__name__}: {error}"
-    hint = error.hint if isinstance(error, SiloError) else ""
-    return {"kind": type(error).__name__, "message": message, "hint": hint}
+def _error_line(error: SiloError) -> dict[str, str]:
+    return {"kind": type(error).__name__, "message": error.message, "hint": error.hint}
 
 
 class ControlServer:
@@ -74,32 +74,41 @@ class ControlServer:
     def __init__(self, path: Path, verbs: Mapping[str, Verb]) -> None:
         self._path = path
         self._verbs = verbs
-        self._server: asyncio.Server | None = None
-        self._clients: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket
+        self._group = asyncio.TaskGroup()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        _refuse_live_socket(self._path)
-        mask = os.umask(0o177)  # the socket must never exist with a wider mode
-        try:
-            self._server = await asyncio.start_unix_server(self._serve, self._path, limit=LINE_MAX)
-        finally:
-            os.umask(mask)
+        self._listener = _bind(self._path)
+        await self._group.__aenter__()
+        self._start(self._accept())
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        if self._server is not None:
-            self._server.close()
-        for client in list(self._clients):
-            client.cancel()
-        if self._clients:
-            await asyncio.wait(self._clients)
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._path.unlink(missing_ok=True)
+        for task in self._tasks:
+            task.cancel()
+        try:
+            await self._group.__aexit__(kind, error, trace)
+        finally:
+            self._listener.close()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is not None:  # always, as asyncio runs this in a task; the server owns and awaits it
-            self._clients.add(task)
-            task.add_done_callback(self._clients.discard)
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self) -> None:
+        """Until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(self._listener)
+            self._start(self._serve(connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        reader, writer = await asyncio.open_unix_connection(sock=connection, limit=LINE_MAX)
         try:
             async with asyncio.TaskGroup() as group:
                 requests: list[asyncio.Task[None]] = []
@@ -143,7 +152,7 @@ class ControlServer:
                         return
                     await _send(writer, {"id": request.id, "event": line})
             await _send(writer, {"id": request.id, "result": None})
-        except (SiloError, TypeError) as error:
+        except SiloError as error:
             await _send(writer, {"id": request.id, "error": _error_line(error)})
         finally:
             slots.release()
@@ -156,6 +165,10 @@ class ControlServer:
             )
         if (verb := self._verbs.get(request.verb)) is None:
             raise InvalidRequestError(f"the daemon does not know {request.verb!r}")
+        try:
+            inspect.signature(verb).bind(**request.args)
+        except TypeError as error:
+            raise InvalidRequestError(f"{request.verb}: {error}") from error
         return verb(**request.args)
 
 
@@ -164,16 +177,27 @@ async def _send(writer: asyncio.StreamWriter, line: Mapping[str, Any]) -> None:
     await writer.drain()
 
 
-def _refuse_live_socket(path: Path) -> None:
-    """Remove a socket that a dead daemon left, refuse one that answers. Connecting locally never blocks."""
+def _bind(path: Path) -> socket.socket:
+    """A listening socket. One that a dead daemon left is replaced, one that answers is refused."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
-            probe.connect(str(path))
+            probe.connect(str(path))  # locally this never blocks
         except OSError:
             path.unlink(missing_ok=True)
-            return
-    raise InvalidRequestError(f"a daemon already serves {path}", hint="use another --state directory")
+        else:
+            raise InvalidRequestError(f"a daemon already serves {path}", hint="use another --state directory")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    mask = os.umask(0o177)  # the socket must never exist with a wider mode
+    try:
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        raise UnavailableError(f"cannot listen at {path}: {error.strerror}") from error
+    finally:
+        os.umask(mask)
+    listener.listen(16)
+    return listener
 
 
 class ControlClient:

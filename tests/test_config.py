@@ -1,0 +1,135 @@
+"""The configuration: file and flags say the same, and mistakes are named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from silo.config import ServeConfig, load_config, merge_flags, parse_volume_flag
+from silo.errors import InvalidRequestError
+
+FULL = """
+state = "/tmp/state"
+store = "file:///tmp/store"
+peer = "tcp:0.0.0.0:5170"
+insecure_peer = true
+listen = "unix:/run/silo/{group}.sock"
+
+[sync]
+interval = "2s"
+bandwidth = "100Mbit"
+
+[incoming]
+directory = "/srv"
+
+[groups.vm1]
+listen = ["unix:/run/vm1.sock", "tcp:127.0.0.1:10809"]
+
+[groups.vm1.volumes.disk]
+path = "disk.img"
+size = "8G"
+chunk_size = "128K"
+
+[workload]
+suspend = "true"
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "silo.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_full_file_is_understood(tmp_path: Path) -> None:
+    """Every value arrives in bytes, seconds and bytes per second."""
+    config = load_config(write(tmp_path, FULL))
+    disk = config.groups["vm1"].volumes["disk"]
+    assert (disk.size_bytes, disk.chunk_bytes) == (8 << 30, 128 << 10)
+    assert (config.sync.interval_s, config.sync.bandwidth_bps) == (2.0, 12.5e6)
+    assert config.listen_urls("vm1") == ["unix:/run/vm1.sock", "tcp:127.0.0.1:10809"]
+    assert config.listen_urls("other") == ["unix:/run/silo/other.sock"]
+    assert config.workload.commands == {"suspend": "true"}
+
+
+def test_flags_make_the_same_config_as_the_file(tmp_path: Path) -> None:
+    """A file and the flags that say the same end in equal values."""
+    text = """
+    state = "/s"
+    store = "file:///t"
+    [sync]
+    interval = "2s"
+    [groups.vm1]
+    listen = ["unix:/n"]
+    [groups.vm1.volumes.disk]
+    path = "d"
+    size = "1G"
+    """
+    flags = merge_flags(
+        ServeConfig(),
+        group="vm1",
+        volumes=["disk=d,size=1G"],
+        listen=["unix:/n"],
+        sync_interval="2s",
+        state="/s",
+        store="file:///t",
+    )
+    assert load_config(write(tmp_path, text)) == flags
+
+
+def test_a_flag_beats_the_file(tmp_path: Path) -> None:
+    """What is given on the command line replaces what the file says, and nothing else."""
+    config = merge_flags(load_config(write(tmp_path, FULL)), group="vm1", store="file:///other")
+    assert config.store == "file:///other"
+    assert config.state == "/tmp/state"
+    assert config.groups["vm1"].volumes["disk"].path == "disk.img"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("sotre = 'x'", "sotre"),
+        ("[sync]\ninterval = '5 parsecs'", "parsecs"),
+        ("[sync]\ninterval = 0", "positive"),
+        ("[groups.vm1.volumes.disk]\npath = 'd'\nsize = '8 bananas'", "bananas"),
+        ("[groups.vm1.volumes.disk]\npath = 'd'\nchunk_size = '5K'", "5K"),
+        ("[groups.vm1.volumes.disk]\nsize = '8G'", "path"),
+        ("[groups.vm1]\nvolumes = {}", "at least one volume"),
+        ("[groups.'../x'.volumes.disk]\npath = 'd'", "../x"),
+        ("listen = 'udp:1'", "udp:1"),
+        ("peer = 'tcp:0.0.0.0:5170'", "insecure_peer"),
+        ("peer = 'tcp:0.0.0.0:99999'", "99999"),
+        ("insecure_peer = 'yes'", "insecure_peer"),
+        ("state = ", "TOML"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    """The error names the file and what is wrong in it."""
+    path = write(tmp_path, text)
+    with pytest.raises(InvalidRequestError) as caught:
+        load_config(path)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """Not a traceback."""
+    with pytest.raises(InvalidRequestError, match="nowhere"):
+        load_config(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize("text", ["disk", "=x", "disk=", "disk=d,sizes=8G", "disk=d,size"])
+def test_a_volume_flag_that_makes_no_sense_is_shown(text: str) -> None:
+    """With the text, so that it can be found in a long command line."""
+    with pytest.raises(InvalidRequestError) as caught:
+        name, volume = parse_volume_flag(text)
+        merge_flags(ServeConfig(), group="g", volumes=[text])
+        pytest.fail(f"{name}={volume} was accepted")
+    assert caught.value.hint
+
+
+def test_a_volume_needs_a_group() -> None:
+    """--volume alone says which group it lacks."""
+    with pytest.raises(InvalidRequestError, match="--group"):
+        merge_flags(ServeConfig(), volumes=["disk=d"])
