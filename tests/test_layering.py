@@ -18,10 +18,11 @@ VALUES, MACHINES, PORTS, DRIVERS, FACES = range(5)
 
 RINGS: dict[int, str] = {
     VALUES: "addresses errors events geometry settings",
-    MACHINES: "chunkmap dirtymap heatmap zeros",
+    MACHINES: "checkpoint chunkmap dirtymap heatmap records zeros",
     PORTS: "abc",
-    DRIVERS: "checkpoint clock files frozen gate group linux localchunks statedir threads volume",
-    FACES: "agent cli config control demo host metrics testing trio",
+    DRIVERS: """clock files frozen gate group linux localchunks mapfile sockets statedir threads volume
+        volumestate""",
+    FACES: "__main__ agent cli config control daemon demo host hosted metrics testing trio",
 }
 """Where everything at the first level belongs. A new module needs its place here."""
 
@@ -29,8 +30,8 @@ ROOMS: dict[str, str] = {
     "devices": "",
     "exports": """nbd_chunks nbd_client_handshake nbd_client_replies nbd_client_session nbd_handshake
         nbd_options nbd_replies nbd_session nbd_uri nbd_wire""",
-    "sync": """claim codec head layout mappage nametable s3_errors s3_location segment store_faults
-        store_keys""",
+    "sync": """claim codec head layout mappage nametable planner s3_errors s3_location segment settings
+        store_faults store_keys""",
     "p2p": "chunksets conversation handover messages wire",
     "hooks": "",
 }
