@@ -15,6 +15,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+from silo.abc import Buffer
 from silo.exports.nbd_chunks import (
     OFFSET,
     encode_error,
@@ -167,3 +168,10 @@ _STYLES: Final = {
 def replies_for(style: HeaderStyle) -> Replies:
     """The replies that go with what was negotiated. They hold no state and are shared."""
     return _STYLES[style]
+
+
+def stabilise(parts: list[Buffer]) -> None:
+    """Replace views of live memory by copies of what they show now."""
+    for index, part in enumerate(parts):
+        if type(part) is memoryview:
+            parts[index] = bytes(part)

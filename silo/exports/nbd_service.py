@@ -27,13 +27,13 @@ from silo.chunkmap import RESIDENCY_MASK, Residency
 from silo.errors import ProtocolError, SiloError
 from silo.exports.nbd_chunks import decode_status_filter
 from silo.exports.nbd_contexts import status_extents
-from silo.exports.nbd_replies import ChunkedReplies, ExtendedReplies, Replies
+from silo.exports.nbd_replies import ChunkedReplies, ExtendedReplies, Replies, stabilise
 from silo.exports.nbd_session import Request
 from silo.exports.nbd_wire import Command, CommandFlag, NbdError, error_to_code
 from silo.volume import Volume
 from silo.zeros import zeros
 
-__all__ = ["NbdService", "stabilise"]
+__all__ = ["NbdService"]
 
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
@@ -57,13 +57,6 @@ _NO_HOLE_STEP: Final = 256 * 1024
 """Zeros that are really written go out in pieces that a device takes without blocking the loop."""
 _OVERLAP_SCAN_MAX: Final = 64
 """With more reads than this behind us, making them stable costs no more than looking whether it is needed."""
-
-
-def stabilise(replies: list[Buffer]) -> None:
-    """Replace views of live memory by copies of what they show now."""
-    for index, part in enumerate(replies):
-        if type(part) is memoryview:
-            replies[index] = bytes(part)
 
 
 class NbdService:

@@ -102,6 +102,11 @@ class RequestParser:
         """Bytes of memory that an incomplete payload occupies outside of the receive buffer."""
         return 0 if self._partial is None or self._partial[5] is None else self._partial[4]
 
+    def prepend(self, data: bytes) -> None:
+        """Bytes of the stream that the handshake received too much; before anything else, and few."""
+        self._buffer[: len(data)] = data
+        self._limit = len(data)
+
     def get_buffer(self) -> memoryview:
         """Where the next bytes of the stream belong; never empty. Ends the life of payloads handed out before.
 

@@ -1,0 +1,266 @@
+"""Serving one connection: the driver between a `Stream`, a `RequestParser` and an `NbdService`.
+
+Whenever bytes have come, every complete request among them is taken in one go, the batch is carried out
+synchronously as far as possible, and all of its replies leave in one call. What remains becomes tasks, one
+per request, owned by the task group inside `run`. So the common request costs neither a task nor a turn of
+the loop.
+
+**Back-pressure** counts bytes: payloads and read lengths of requests in flight, replies that the client has
+not taken, a payload that is half received. Beyond the connection's own limit or the server's (`PayloadBudget`)
+nothing more is read from the socket, so a client that floods or does not listen stops itself. A connection
+that holds nothing may always have one request, whatever its size, so that nobody starves.
+
+**Ending.** On ``DISC`` or when the client closes its side: what is in flight finishes, replies leave, the
+connection closes. When the connection breaks or the client sends nonsense: what is in flight is cancelled,
+and cancelled operations change nothing afterwards. `drain`: what is in flight finishes, whatever comes later is
+answered with ESHUTDOWN, then the connection closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+import attrs
+
+from silo.abc import Buffer
+from silo.errors import ClosedError, RemoteProtocolError
+from silo.exports.nbd_service import NbdService
+from silo.exports.nbd_session import Request, RequestParser
+from silo.exports.nbd_stream import Stream
+from silo.exports.nbd_wire import Command
+
+__all__ = ["PayloadBudget", "Transmission", "TransmissionLimits"]
+
+_BATCH_MAX: Final = 1 << 20
+"""Bytes of replies that are put together before they are sent."""
+_CHANGES: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
+_SHUTTING_DOWN: Final = ClosedError("the server is shutting down")
+
+
+@attrs.frozen
+class TransmissionLimits:
+    """What one connection may hold."""
+
+    held_bytes: int = 32 << 20
+    requests_in_flight: int = 1024
+
+
+class PayloadBudget:
+    """Bytes that all connections of a server may hold together."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        self._waiting: dict[Callable[[], None], None] = {}
+
+    @property
+    def free(self) -> int:
+        """What may still be taken; negative when a connection used its right to one request."""
+        return self.limit - self.used
+
+    def charge(self, change: int) -> None:
+        """Take bytes, or give them back, which wakes the connections that wait."""
+        self.used += change
+        if change < 0 and self._waiting and self.used < self.limit:
+            loop = asyncio.get_running_loop()
+            for callback in self._waiting:
+                loop.call_soon(callback)
+            self._waiting.clear()
+
+    def wait(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once, soon after something was given back."""
+        self._waiting[callback] = None
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """The caller has gone."""
+        self._waiting.pop(callback, None)
+
+
+class Transmission:
+    """See the module. One per connection; `run` is awaited once, by the task that owns the connection."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        parser: RequestParser,
+        service: NbdService,
+        budget: PayloadBudget,
+        limits: TransmissionLimits,
+    ) -> None:
+        self._stream = stream
+        self._parser = parser
+        self._service = service
+        self._budget = budget
+        self._limits = limits
+        self._tasks = asyncio.TaskGroup()
+        self._flight: dict[asyncio.Task[None], Request] = {}
+        self._flight_bytes = 0
+        self._charged = 0
+        self._starved = False
+        """Requests may have come that wait for room."""
+        self._input_ended = False
+        self._draining = False
+        self._finished = asyncio.Event()
+        self._progress = asyncio.Event()
+        self.error: Exception | None = None
+        """Why the connection ended, unless it ended well."""
+
+    async def run(self) -> None:
+        """Serve until the connection ends; afterwards nothing of it is left. Cancellation cancels its requests."""
+        self._stream.start(self._on_readable, self._advance)
+        try:
+            async with self._tasks:
+                self._advance()
+                await self._finished.wait()  # no deadline: a guest may be idle for years
+                for task in self._flight:
+                    task.cancel()
+        finally:
+            self._finished.set()
+            self._progress.set()
+            self._stream.close()
+            self._budget.forget(self._advance)
+            self._budget.charge(-self._charged)
+            self._charged = 0
+
+    def abort(self, error: Exception | None = None) -> None:
+        """End the connection now: requests in flight are cancelled, replies are lost."""
+        if not self._finished.is_set():
+            self.error = error
+            self._stream.pause()
+            self._finished.set()
+            self._progress.set()
+
+    def drain(self) -> None:
+        """Finish what is in flight, answer everything later with ESHUTDOWN, and close."""
+        self._draining = True
+        self._on_readable()
+
+    async def settle(self) -> None:
+        """Serve the bytes that have arrived by now, and return when the changes that they ask for have ended.
+
+        Afterwards nothing that the client sent before this call can change the volume. The caller sets a
+        deadline; a cancelled call leaves nothing behind.
+        """
+        unread = 0 if self._finished.is_set() else self._stream.unread()
+        while not (self._finished.is_set() or self._input_ended) and (unread > 0 or self._starved):
+            if self._starved:
+                self._progress.clear()
+                await self._progress.wait()
+                continue
+            count = self._receive()
+            if count <= 0:
+                break
+            unread -= count
+            self._advance()
+        changing = [task for task, request in self._flight.items() if request[0] in _CHANGES]
+        if changing:
+            await asyncio.wait(changing)
+
+    # ---- callbacks of the loop --------------------------------------------------------------------------
+
+    def _on_readable(self) -> None:
+        self._receive()
+        self._advance()
+
+    def _receive(self) -> int:
+        """Receive once; how many bytes came. Notices when there will be no more."""
+        if self._input_ended or self._starved or self._finished.is_set():
+            return 0
+        try:
+            count = self._stream.receive_into(self._parser.get_buffer())
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self.abort(error)
+            return 0
+        if count:
+            self._parser.received(count)
+        else:
+            self._input_ended = True
+        return count
+
+    def _advance(self) -> None:
+        """Do whatever can be done now: take requests, want more bytes or not, notice the end."""
+        if self._finished.is_set():
+            return
+        try:
+            self._take_requests()
+        except (OSError, RemoteProtocolError) as error:
+            self.abort(error)
+            return
+        held = self._flight_bytes + self._stream.queued + self._parser.held
+        if held != self._charged:
+            self._budget.charge(held - self._charged)
+            self._charged = held
+        if self._parser.ended:
+            self._input_ended = True
+        idle = not (self._flight or self._stream.queued or self._starved)
+        if idle and (self._input_ended or self._draining):
+            self.abort()
+            return
+        if self._input_ended or self._starved:
+            self._stream.pause()
+        else:
+            self._stream.resume()
+        if not self._starved:
+            self._progress.set()
+
+    def _take_requests(self) -> None:
+        """Serve complete requests until there are none, or no room for what they ask."""
+        while True:
+            room = self._room()
+            self._starved = room <= 0
+            if self._starved:
+                return
+            requests = self._parser.next_batch(min(room, _BATCH_MAX))
+            if not requests:
+                return
+            out: list[Buffer] = []
+            if self._draining:
+                out += [self._service.refuse(request, _SHUTTING_DOWN) for request in requests]
+            else:
+                self._start(self._service.serve_nowait(requests, out))
+            if out:
+                self._stream.post(out)
+
+    def _room(self) -> int:
+        """Bytes that the next requests may ask for; 0 or less when they must wait."""
+        if self._stream.queued or len(self._flight) >= self._limits.requests_in_flight:
+            return 0
+        held = self._flight_bytes + self._parser.held
+        free = self._budget.free + self._charged - held
+        if free <= 0 < self._flight_bytes:
+            self._budget.wait(self._advance)
+        room = min(free, self._limits.held_bytes - held)
+        return room if self._flight_bytes else max(room, 1)
+
+    # ---- requests that wait -----------------------------------------------------------------------------
+
+    def _start(self, misses: list[Request]) -> None:
+        for request in misses:
+            if request[5] is not None:
+                request = (*request[:5], self._parser.detach(request[5]))
+            task = self._tasks.create_task(self._serve(request))
+            task.add_done_callback(self._forget)
+            self._flight[task] = request
+            self._flight_bytes += _cost(request)
+
+    async def _serve(self, request: Request) -> None:
+        parts = await self._service.serve(request)
+        # No await between: the parts may be live memory.
+        if not self._finished.is_set():
+            try:
+                self._stream.post(parts)
+            except OSError as error:
+                self.abort(error)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._flight_bytes -= _cost(self._flight.pop(task))
+        self._advance()
+
+
+def _cost(request: Request) -> int:
+    """Bytes of memory that a request in flight holds, or will when its reply is there."""
+    return request[4] if request[5] is not None or request[0] == Command.READ else 0
