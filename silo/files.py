@@ -18,7 +18,15 @@ from pathlib import Path
 from silo.abc import Buffer
 from silo.errors import CapacityError, SiloError, UnavailableError
 
-__all__ = ["lock_exclusive", "os_error", "pwrite_all", "remove_file", "replace_file", "sync_directory"]
+__all__ = [
+    "lock_exclusive",
+    "make_directory",
+    "os_error",
+    "pwrite_all",
+    "remove_file",
+    "replace_file",
+    "sync_directory",
+]
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -84,6 +92,14 @@ def sync_directory(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents where they are missing, durably and for us alone. Raises `OSError`."""
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+        sync_directory(path.parent)
 
 
 def replace_file(path: Path, data: Buffer) -> None:
