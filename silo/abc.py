@@ -95,7 +95,7 @@ class BlockDevice(abc.ABC):
 
     @abc.abstractmethod
     async def write(self, offset: int, data: Buffer) -> None:
-        """Write all of ``data``. When it raises or is cancelled, any part may have been written, and no more will be."""
+        """Write all of ``data``. When it raises or is cancelled, any part may be written, and no more will be."""
 
     @abc.abstractmethod
     async def zero(self, offset: int, length: int) -> None:

@@ -39,7 +39,7 @@ import msgspec
 
 from silo.errors import InvalidRequestError
 from silo.geometry import CHUNK_SIZE_DEFAULT
-from silo.group import check_name
+from silo.names import check_group_name, check_volume_name
 from silo.settings import parse_duration, parse_rate, parse_size
 
 __all__ = [
@@ -193,13 +193,13 @@ def check_config(config: ServeConfig, origin: str) -> ServeConfig:
 
 
 def _check_group(name: str, group: GroupConfig) -> None:
-    check_name("group", name)
+    check_group_name(name)
     if not group.volumes:
         raise InvalidRequestError("a group needs at least one volume")
     for url in group.listen:
         _check_address(url)
     for volume, settings in group.volumes.items():
-        check_name("volume", volume)
+        check_volume_name(volume)
         if not settings.path:
             raise InvalidRequestError(f"volume {volume} needs a path")
         chunk = settings.chunk_bytes

@@ -21,22 +21,10 @@ from silo.gate import Gate
 from silo.geometry import Geometry
 from silo.heatmap import HALF_LIFE_DEFAULT_S, HeatMap
 from silo.localchunks import MapKeeper
+from silo.names import check_group_name, check_volume_name
 from silo.volume import Volume
 
-__all__ = ["CopyLimits", "Group", "check_name"]
-
-NAME_MAX = 64
-
-
-def check_name(what: str, name: str) -> str:
-    """Refuse names that could not be an export, a key and a file name alike. Returns the name."""
-    allowed = name.isascii() and all(c.isalnum() or c in "-_." for c in name)
-    if not allowed or not 0 < len(name) <= NAME_MAX or name.startswith("."):
-        raise InvalidRequestError(
-            f"{name!r} is not a usable name for a {what}",
-            hint=f"take up to {NAME_MAX} letters, digits, '-', '_' and '.', not starting with '.'",
-        )
-    return name
+__all__ = ["CopyLimits", "Group"]
 
 
 @attrs.frozen
@@ -60,7 +48,7 @@ class Group:
         copies: CopyLimits | None = None,
         half_life_s: float = HALF_LIFE_DEFAULT_S,
     ) -> None:
-        self.name = check_name("group", name)
+        self.name = check_group_name(name)
         self.clock = clock
         self.gate = Gate(is_open=is_open)
         self.volumes: dict[str, Volume] = {}
@@ -79,7 +67,7 @@ class Group:
         read_only: bool = False,
     ) -> Volume:
         """Put a volume on a device. Without ``chunks`` everything counts as present on the device."""
-        if check_name("volume", name) in self.volumes:
+        if check_volume_name(name) in self.volumes:
             raise InvalidRequestError(f"group {self.name} already has a volume {name}")
         shape = geometry or Geometry(device.size)
         heat = HeatMap(shape.chunk_count, now=self.clock.monotonic(), half_life_s=self._half_life_s)

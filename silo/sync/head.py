@@ -22,15 +22,14 @@ import msgspec
 from silo.abc import Buffer
 from silo.errors import CorruptionError, InvalidRequestError
 from silo.geometry import Geometry
+from silo.names import check_group_name, check_volume_name
 from silo.sync.codec import digest_of
 from silo.sync.layout import (
     EPOCH_MAX,
     GENERATION_MAX,
     PREAMBLE_SIZE,
     SEQ_MAX,
-    check_group_name,
     check_readable,
-    check_volume_name,
     is_incarnation,
     parse_segment_key,
 )

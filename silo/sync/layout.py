@@ -28,20 +28,17 @@ from blake3 import blake3
 
 from silo.abc import Buffer
 from silo.errors import CorruptionError, InvalidRequestError
+from silo.names import check_group_name
 
 __all__ = [
     "EPOCH_MAX",
     "FORMAT_VERSION",
     "GENERATION_MAX",
-    "GROUP_NAME_MAX",
     "PREAMBLE_SIZE",
     "SEQ_MAX",
-    "VOLUME_NAME_MAX",
     "Magic",
     "SegmentName",
-    "check_group_name",
     "check_readable",
-    "check_volume_name",
     "head_key",
     "is_incarnation",
     "pack_preamble",
@@ -54,33 +51,17 @@ __all__ = [
 
 FORMAT_VERSION = 1
 
-GROUP_NAME_MAX = 128
-VOLUME_NAME_MAX = 128
 EPOCH_MAX = 10**10 - 1
 """Ten digits: one claim per second for three centuries."""
 SEQ_MAX = 10**12 - 1
 GENERATION_MAX = 10**12 - 1
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*\Z")
 _HEX16 = re.compile(r"[0-9a-f]{16}\Z")
 _HEX32 = re.compile(r"[0-9a-f]{32}\Z")
 _SEGMENT_KEY = re.compile(
     r"(?P<group>[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127})/segments/(?P<shard>[0-9a-f]{2})/"
     r"(?P<epoch>[0-9]{10})-(?P<seq>[0-9]{12})-(?P<incarnation>[0-9a-f]{16})\Z"
 )
-_HINT = "letters, digits, '_', '.' and '-', not beginning with '.'"
-
-
-def check_group_name(name: str) -> None:
-    """Raise `InvalidRequestError` unless ``name`` may name a group."""
-    if len(name) > GROUP_NAME_MAX or _NAME.match(name) is None:
-        raise InvalidRequestError(f"{name[:80]!r} cannot name a group", hint=_HINT)
-
-
-def check_volume_name(name: str) -> None:
-    """Raise `InvalidRequestError` unless ``name`` may name a volume."""
-    if len(name) > VOLUME_NAME_MAX or _NAME.match(name) is None:
-        raise InvalidRequestError(f"{name[:80]!r} cannot name a volume", hint=_HINT)
 
 
 def is_incarnation(text: str) -> bool:

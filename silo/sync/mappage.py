@@ -29,12 +29,12 @@ import numpy.typing as npt
 from silo.abc import Buffer
 from silo.errors import CorruptionError, InvalidRequestError
 from silo.geometry import CHUNK_SIZE_MAX
+from silo.names import check_volume_name
 from silo.sync.codec import DIGEST_SIZE, Kind, digest_of
 from silo.sync.head import HEAD_SIZE_MAX, PartRef
 from silo.sync.layout import (
     PREAMBLE_SIZE,
     Magic,
-    check_volume_name,
     pack_preamble,
     parse_preamble,
     parse_segment_key,

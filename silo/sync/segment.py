@@ -27,12 +27,11 @@ import numpy.typing as npt
 from silo.abc import Buffer
 from silo.errors import CorruptionError, InvalidRequestError, InvariantError
 from silo.geometry import CHUNK_SIZE_MAX
+from silo.names import check_group_name, check_volume_name
 from silo.sync.codec import DIGEST_SIZE, Kind, digest_of
 from silo.sync.layout import (
     PREAMBLE_SIZE,
     Magic,
-    check_group_name,
-    check_volume_name,
     pack_preamble,
     parse_preamble,
 )
