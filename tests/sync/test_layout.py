@@ -7,14 +7,13 @@ import pytest
 from hypothesis import given
 
 from silo.errors import CorruptionError, InvalidRequestError
+from silo.names import check_group_name, check_volume_name
 from silo.sync.layout import (
     EPOCH_MAX,
     PREAMBLE_SIZE,
     SEQ_MAX,
     Magic,
     SegmentName,
-    check_group_name,
-    check_volume_name,
     head_key,
     pack_preamble,
     parse_preamble,
