@@ -6,7 +6,7 @@ import attrs
 
 from silo.errors import InvalidRequestError
 
-__all__ = ["RetrySettings", "SyncSettings"]
+__all__ = ["FetchSettings", "RetrySettings", "SyncSettings"]
 
 MIB = 1024 * 1024
 
@@ -61,3 +61,30 @@ class SyncSettings:
             raise InvalidRequestError(
                 "a limit of the rate must be positive", hint="leave it out for no limit"
             )
+
+
+@attrs.frozen(kw_only=True)
+class FetchSettings:
+    """Numbers of reading from the store. Sizes in bytes."""
+
+    demand_lanes: int = 32
+    """Requests at once on behalf of guests that wait. Nothing else ever takes one of these."""
+    background_lanes: int = 8
+    """Requests at once for hydration and restore."""
+    run_size: int = 4 * MIB
+    """Largest piece of a segment that a background request fetches."""
+    run_gap: int = 64 * 1024
+    """Bytes between two wanted chunks that are fetched for nothing rather than with two requests."""
+    patience_s: float = 60.0
+    """How long a guest's read is tried again before it fails with EIO."""
+    threads: int = 2
+    """Threads that decompress and verify."""
+    retry: RetrySettings = attrs.field(
+        factory=lambda: RetrySettings(delay_min_s=0.05, delay_max_s=2.0, request_timeout_s=20.0)
+    )
+
+    def __attrs_post_init__(self) -> None:
+        if self.demand_lanes < 1 or self.background_lanes < 1 or not 1 <= self.threads <= 64:
+            raise InvalidRequestError("at least one lane each is needed, and 1 to 64 threads")
+        if self.run_size < 1 or self.run_gap < 0 or self.patience_s < 0:
+            raise InvalidRequestError("run_size must be positive, run_gap and patience_s not negative")

@@ -1,0 +1,67 @@
+"""Reading parts of objects, with two lanes and some patience.
+
+A guest that waits must not stand in a queue behind hydration, so its requests have *lanes* of their own. They are
+also tried again when the store does not answer, up to a limit; background requests fail at once, because
+whoever made them has time and its own idea of when to come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from silo.abc import Buffer, Clock, ObjectStore
+from silo.errors import CorruptionError, InvalidRequestError, UnavailableError
+from silo.sync.retry import Backoff, bounded
+from silo.sync.settings import FetchSettings
+
+__all__ = ["StoreReader"]
+
+
+class StoreReader:
+    """See the module. Concurrent calls are what it is for."""
+
+    def __init__(self, store: ObjectStore, clock: Clock, settings: FetchSettings | None = None) -> None:
+        self.settings = settings or FetchSettings()
+        self.bytes_read = 0
+        self.background = asyncio.Semaphore(self.settings.background_lanes)
+        """Hold one of these around `read_now`; `read` does so itself."""
+        self._demand = asyncio.Semaphore(self.settings.demand_lanes)
+        self._store = store
+        self._clock = clock
+
+    async def read(self, key: str, offset: int, length: int, *, demand: bool) -> Buffer | None:
+        """Exactly these bytes of an object, unverified; ``None`` when there is no such object.
+
+        `UnavailableError` when the store does not answer: at once in the background, after ``patience_s`` on
+        demand. `CorruptionError` when the object is shorter. Cancellation leaves nothing behind.
+        """
+        if not demand:
+            async with self.background:
+                return await self.read_now(key, offset, length)
+        give_up = self._clock.monotonic() + self.settings.patience_s
+        backoff = Backoff(self._clock, self.settings.retry)
+        while True:
+            try:
+                async with self._demand:
+                    return await self.read_now(key, offset, length)
+            except UnavailableError as error:
+                delay = backoff.failed(error)
+                if self._clock.monotonic() + delay > give_up:
+                    raise
+                await asyncio.sleep(delay)
+
+    async def read_now(self, key: str, offset: int, length: int) -> Buffer | None:
+        """One request, in no lane. As `read` otherwise."""
+        try:
+            found = await bounded(
+                lambda: self._store.get(key, start=offset, length=length),
+                self.settings.retry.request_timeout_s,
+            )
+        except InvalidRequestError:
+            raise CorruptionError(f"{key} is shorter than what refers to it") from None
+        if found is None:
+            return None
+        if len(found.data) != length:
+            raise CorruptionError(f"{key} is shorter than what refers to it")
+        self.bytes_read += length
+        return found.data

@@ -1,0 +1,72 @@
+"""Threads that hash, compress, decompress and verify, a batch of chunks per call.
+
+The compressors keep state and serve one thread at a time, so each call takes one from a pile and puts it back;
+there are never more of them than threads. `list.pop` and `append` are atomic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import attrs
+
+from silo.abc import Buffer
+from silo.errors import CorruptionError
+from silo.sync.codec import ChunkDecoder, ChunkEncoder, Encoded
+from silo.threads import run_to_completion
+
+__all__ = ["Stored", "Workers"]
+
+
+@attrs.frozen
+class Stored:
+    """A payload as it was read, with what its entry says about it."""
+
+    kind: int
+    payload: Buffer
+    length: int
+    """Of the content."""
+    digest: bytes
+
+
+class Workers:
+    """See the module. Concurrent calls share the threads. `close` when all calls have ended."""
+
+    def __init__(self, threads: int, name: str = "silo-sync") -> None:
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._encoders: list[ChunkEncoder] = []
+        self._decoders: list[ChunkDecoder] = []
+
+    async def encode(self, contents: Sequence[Buffer], known: Sequence[bytes | None]) -> list[Encoded | None]:
+        """What to store of each content; ``None`` where its digest is the known one. See `ChunkEncoder`."""
+        return await run_to_completion(self._executor, self._encode, contents, known)
+
+    async def decode(self, batch: Sequence[Stored]) -> list[Buffer | CorruptionError]:
+        """The verified contents; an error stands where a content could not be had, and harms no other."""
+        return await run_to_completion(self._executor, self._decode, batch)
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._executor.shutdown(wait=True)
+
+    def _encode(self, contents: Sequence[Buffer], known: Sequence[bytes | None]) -> list[Encoded | None]:
+        encoder = self._encoders.pop() if self._encoders else ChunkEncoder()
+        try:
+            return [encoder.encode(content, digest) for content, digest in zip(contents, known, strict=True)]
+        finally:
+            self._encoders.append(encoder)
+
+    def _decode(self, batch: Sequence[Stored]) -> list[Buffer | CorruptionError]:
+        decoder = self._decoders.pop() if self._decoders else ChunkDecoder()
+        try:
+            return [_decode_one(decoder, stored) for stored in batch]
+        finally:
+            self._decoders.append(decoder)
+
+
+def _decode_one(decoder: ChunkDecoder, stored: Stored) -> Buffer | CorruptionError:
+    try:
+        return decoder.decode(stored.kind, stored.payload, stored.length, stored.digest)
+    except CorruptionError as error:
+        return error
