@@ -24,7 +24,7 @@ What keeps two guests from running, in terms of the tables:
 * A source that finds its offer on disk starts in ``RECLAIMING``, a target that finds the handover starts in
   ``CLAIMING``: both ask the arbiter again, and asking twice with the same nonce gives the same answer.
 * Commits are held from before the offer until the claim is decided on one side, and from before the claim until
-  every chunk has arrived on the other (rule 1).
+  every chunk has arrived on the other (rule 1). A hold dies with its process, so each restart takes it anew.
 """
 
 from __future__ import annotations
@@ -121,7 +121,10 @@ class Effect(enum.Enum):
     # target
     INSTALL = "install"
     APPLY_HANDOVER = "apply handover"
+    """Chunks whose newest content has not come become absent. Once: later the guest may have written them."""
     WRITE_HANDOVER = "write handover"
+    SETTLE_MAPS = "settle maps"
+    """What is absent is at the peer or in the store; what was not committed is dirty. Harmless when repeated."""
     CLAIM = "claim"
     RESUME = "resume"
     SEND_TAKEN = "send taken"
@@ -181,7 +184,7 @@ SOURCE: Final = Table(
         S.OFFERING: (F.HOLD_COMMITS, F.WRITE_OFFER),
         S.SUSPENDING: (F.SUSPEND, F.CLOSE_GATE, F.FLUSH),
         S.OFFERED: (F.SEND_HANDOVER, F.AWAIT_ANSWER),
-        S.RECLAIMING: (F.RECLAIM,),
+        S.RECLAIMING: (F.HOLD_COMMITS, F.RECLAIM),
         S.RESUMING: (F.OPEN_GATE, F.UNSUSPEND, F.RELEASE_COMMITS, F.DROP_OFFER),
         S.SERVING: (F.SERVE,),
         S.RELEASING: (F.WRITE_RELEASED,),
@@ -217,6 +220,7 @@ SOURCE: Final = Table(
         (S.RESUMING, V.DECLINED): S.RESUMING,
         (S.SERVING, V.TAKEN): S.SERVING,
         (S.SERVING, V.EVACUATED): S.RELEASING,
+        (S.SERVING, V.DECLINED): S.RECLAIMING,  # a third party took it from the target: find out
         (S.RELEASING, V.DONE): S.RELEASED,
         (S.RELEASING, V.FAILED): S.RELEASING,
         (S.RELEASING, V.TAKEN): S.RELEASING,
@@ -233,8 +237,8 @@ SOURCE: Final = Table(
 TARGET: Final = Table(
     duties={
         T.RECEIVING: (F.INSTALL,),
-        T.RECORDING: (F.APPLY_HANDOVER, F.HOLD_COMMITS, F.WRITE_HANDOVER),
-        T.CLAIMING: (F.CLAIM,),
+        T.RECORDING: (F.APPLY_HANDOVER, F.WRITE_HANDOVER),
+        T.CLAIMING: (F.HOLD_COMMITS, F.SETTLE_MAPS, F.CLAIM),
         T.RESUMING: (F.OPEN_GATE, F.RESUME),
         T.RUNNING: (F.SEND_TAKEN, F.PULL, F.FLUSH_INSTALLED),
         T.EVACUATING: (F.WRITE_EVACUATED, F.RELEASE_COMMITS),
