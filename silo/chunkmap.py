@@ -45,7 +45,6 @@ __all__ = [
     "ChunkMap",
     "Indices",
     "Residency",
-    "after_power_loss",
     "after_restart",
     "indices_of",
     "join_indices",
@@ -114,18 +113,6 @@ def after_restart(states: npt.NDArray[np.uint8]) -> None:
     taken = (states & SYNC_IN_CUT) >> 1
     states &= np.uint8(0xFF & ~(LOCKED | FROZEN | SYNC_IN_CUT))
     states |= taken
-
-
-def after_power_loss(states: npt.NDArray[np.uint8]) -> None:
-    """Make the last durable copy of the states meaningful again, in place, on a device that lost its cache.
-
-    Only the residency counts. A first write to a ZERO chunk is made durable without a new copy of the map, so
-    ZERO means *as the device has it*: PRESENT. What the last commit has of the local chunks is not known any
-    more, so all of them count as dirty.
-    """
-    states &= np.uint8(RESIDENCY_MASK)
-    states[states == Residency.ZERO] = Residency.PRESENT
-    states[states > Residency.ABSENT_PEER] |= np.uint8(SYNC_DIRTY)
 
 
 class ChunkMap:

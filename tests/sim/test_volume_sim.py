@@ -19,7 +19,7 @@ from silo.abc import Buffer, ChunkSource
 from silo.chunkmap import ChunkMap, Residency
 from silo.devices.delayed import DelayedDevice, Delays
 from silo.devices.memory import MemoryDevice
-from silo.errors import UnavailableError
+from silo.errors import CapacityError, UnavailableError
 from silo.geometry import CHUNK_SIZE_MIN, Geometry
 from silo.group import CopyLimits, Group
 from silo.testing.loop import SimulatedClock, explore
@@ -175,9 +175,10 @@ async def syncer(world: World, cuts: int) -> None:
             world.chance.shuffle(chunks)
             for chunk in chunks:
                 await asyncio.sleep(world.chance.choice((0, 0.01)))
-                if cut.overflowed:
+                try:
+                    image[name][chunk * CHUNK : (chunk + 1) * CHUNK] = await part.read(chunk)
+                except CapacityError:
                     break
-                image[name][chunk * CHUNK : (chunk + 1) * CHUNK] = await part.read(chunk)
                 if world.chance.random() < 0.5:
                     part.release(chunk)
         if cut.overflowed or world.chance.random() < 0.2:
