@@ -17,7 +17,7 @@ from tests.support.source import module_name, python_files, tree_of
 VALUES, MACHINES, PORTS, DRIVERS, FACES = range(5)
 
 RINGS: dict[int, str] = {
-    VALUES: "addresses errors events geometry settings",
+    VALUES: "addresses errors events geometry names settings",
     MACHINES: "checkpoint chunkmap dirtymap heatmap records zeros",
     PORTS: "abc",
     DRIVERS: """clock files frozen gate group linux localchunks mapfile sockets statedir threads volume
