@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,65 +15,69 @@ from silo.config import ServeConfig, load_config, merge_flags
 __all__ = ["add_to", "run_loop"]
 
 
+def _flag(help_text: str) -> Any:
+    """An option without default: what is not given is taken from the file."""
+    return typer.Option(help=help_text, show_default=False)
+
+
+Config = Annotated[
+    Path | None, typer.Argument(help="A TOML file; every flag can be said there.", show_default=False)
+]
+GroupName = Annotated[str | None, _flag("Open this group. Without any group, wait for one to arrive.")]
+Volumes = Annotated[
+    list[str] | None,
+    _flag("NAME=PATH[,size=8G][,chunk_size=64K][,read_only=true]: a disk of the group. Repeatable."),
+]
+Listen = Annotated[
+    list[str] | None,
+    _flag("Serve NBD here: unix:/path or tcp:HOST:PORT. {group} is the group's name. Repeatable."),
+]
+Store = Annotated[
+    str | None,
+    _flag(
+        "Where the crash-consistent copy is kept: file:///dir or s3://bucket/prefix. Credentials come from the "
+        "environment."
+    ),
+]
+SyncInterval = Annotated[str | None, _flag("Time between two cuts: 500ms, 5s, 1m. Default 5s.")]
+State = Annotated[str | None, _flag("Maps, records and the control socket. Default /var/lib/silo.")]
+Peer = Annotated[str | None, _flag("Let other hosts bring groups here: tcp:HOST:PORT or unix:/path.")]
+InsecurePeer = Annotated[
+    bool | None,
+    typer.Option("--insecure-peer", help="Plain TCP between hosts, in a network that you trust."),
+]
+Incoming = Annotated[
+    str | None, _flag("Directory for the disks of arriving groups. Default: <state>/incoming.")
+]
+HostIsDead = Annotated[
+    bool,
+    typer.Option(
+        "--host-is-dead",
+        help="Take the group over although its last owner did not release it. You assert that no other host "
+        "serves it any more; what that host had not stored is lost.",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Events as JSON lines.")]
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
     app.command()(serve)
 
 
 def serve(
-    config: Annotated[
-        Path | None, typer.Argument(help="A TOML file; every flag can be said there.", show_default=False)
-    ] = None,
-    group: Annotated[
-        str | None,
-        typer.Option(help="Open this group. Without any group, wait for one to arrive.", show_default=False),
-    ] = None,
-    volume: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="NAME=PATH[,size=8G][,chunk_size=64K][,read_only=true]: a disk of the group. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    listen: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Serve NBD here: unix:/path or tcp:HOST:PORT. {group} stands for the group's name. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    store: Annotated[
-        str | None,
-        typer.Option(
-            help="Where the crash-consistent copy is kept: file:///dir or s3://bucket/prefix. "
-            "Credentials come from the environment.",
-            show_default=False,
-        ),
-    ] = None,
-    sync_interval: Annotated[
-        str | None, typer.Option(help="Time between two cuts: 500ms, 5s, 1m. Default 5s.", show_default=False)
-    ] = None,
-    state: Annotated[
-        str | None,
-        typer.Option(help="Maps, records and the control socket. Default /var/lib/silo.", show_default=False),
-    ] = None,
-    peer: Annotated[
-        str | None,
-        typer.Option(
-            help="Let other hosts bring groups here: tcp:HOST:PORT or unix:/path.", show_default=False
-        ),
-    ] = None,
-    insecure_peer: Annotated[
-        bool | None,
-        typer.Option("--insecure-peer", help="Plain TCP between hosts, in a network that you trust."),
-    ] = None,
-    incoming: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory for the disks of arriving groups. Default: <state>/incoming.", show_default=False
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Events as JSON lines.")] = False,
+    config: Config = None,
+    group: GroupName = None,
+    volume: Volumes = None,
+    listen: Listen = None,
+    store: Store = None,
+    sync_interval: SyncInterval = None,
+    state: State = None,
+    peer: Peer = None,
+    insecure_peer: InsecurePeer = None,
+    incoming: Incoming = None,
+    host_is_dead: HostIsDead = False,
+    json: Json = False,
 ) -> None:
     """Serve disks over NBD, keep their copy in a store, and move them to other hosts.
 
@@ -81,13 +86,12 @@ def serve(
 
     Examples:
 
-        silo serve --group vm1 --volume disk=disk.img,size=8G --listen unix:/run/silo/vm1.sock --store file:///srv/store
+        silo serve --group vm1 --volume disk=disk.img,size=8G --listen unix:/run/silo/vm1.sock --store file:///srv/s
 
-        silo serve --peer tcp:0.0.0.0:5170 --insecure-peer --listen unix:/run/silo/{group}.sock --store s3://bucket/silo
+        silo serve --peer tcp:0.0.0.0:5170 --insecure-peer --listen unix:/run/silo/{group}.sock --store s3://b/silo
     """
-    base = load_config(config) if config is not None else ServeConfig()
     merged = merge_flags(
-        base,
+        load_config(config) if config is not None else ServeConfig(),
         group=group,
         volumes=volume or (),
         listen=listen or (),
@@ -100,16 +104,16 @@ def serve(
     )
     from silo.daemon import serve_until_told
 
-    def say(event: dict[str, object], text: str) -> None:
+    def say(event: dict[str, Any], text: str) -> None:
         if json:
             print_json(event)
         else:
             console.print(text, markup=False)
 
-    run_loop(serve_until_told(merged, say))
+    run_loop(serve_until_told(merged, say, host_is_dead=host_is_dead))
 
 
-def run_loop(work: object) -> None:
+def run_loop(work: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine on uvloop when that is installed, else on asyncio's own loop."""
     try:
         import uvloop
@@ -118,4 +122,4 @@ def run_loop(work: object) -> None:
     else:
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(work)  # type: ignore[arg-type]
+        runner.run(work)
