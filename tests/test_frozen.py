@@ -1,0 +1,225 @@
+"""Room for copies, and the end of a cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from silo.chunkmap import FROZEN, SYNC_DIRTY, SYNC_IN_CUT, Residency
+from silo.clock import SystemClock
+from silo.devices.memory import MemoryDevice
+from silo.errors import CapacityError, InvariantError
+from silo.frozen import CopySpace
+from silo.group import CopyLimits, Group
+from tests.support.volumes import CHUNK, chunks_with, make_volume
+
+OLD, NEW = b"o" * CHUNK, b"n" * CHUNK
+
+
+def test_copies_go_to_memory_first_and_then_to_a_file(tmp_path):
+    """Both give back what was put; dropping gives memory back, the file only grows."""
+    space = CopySpace(memory_limit=10, spill_limit=10, directory=str(tmp_path))
+    memory, spilled = space.put(b"12345678"), space.put(b"abcdefgh")
+    assert (memory, spilled) == (b"12345678", (0, 8))
+    assert [space.get(memory), space.get(spilled)] == [b"12345678", b"abcdefgh"]
+    assert space.used == 16
+    space.drop(spilled)
+    assert space.put(b"xyz") is None, "neither 2 bytes of memory nor 2 of the file are enough"
+    space.drop(memory)
+    assert space.used == 8
+    assert space.put(b"0123456789") == b"0123456789"
+    space.close()
+
+
+def test_the_file_is_gone_when_the_space_is_closed(tmp_path):
+    """It is unlinked from the start; what was spilled cannot be read afterwards. Closing twice is harmless."""
+    space = CopySpace(memory_limit=0, spill_limit=10, directory=str(tmp_path))
+    kept = space.put(b"abc")
+    assert list(tmp_path.iterdir()) == []
+    space.close()
+    space.close()
+    assert space.used == 0
+    assert space.put(b"") == b"", "nothing needs no room"
+    assert space.put(b"x") is None
+    with pytest.raises(InvariantError):
+        space.get(kept)
+
+
+def test_a_directory_that_is_gone_is_no_room(tmp_path):
+    """The cut overflows; the guest's write must not fail because of it."""
+    space = CopySpace(memory_limit=0, spill_limit=10, directory=str(tmp_path / "gone"))
+    assert space.put(b"abc") is None
+
+
+@pytest.mark.parametrize("written", [OSError("no space left"), 1])
+def test_a_full_disk_is_no_room(tmp_path, monkeypatch, written):
+    """Whether the disk refuses all of the copy or a part of it."""
+
+    def pwrite(fd, data, offset):
+        if isinstance(written, OSError):
+            raise written
+        return written
+
+    monkeypatch.setattr("silo.frozen.os.pwrite", pwrite)
+    space = CopySpace(memory_limit=0, spill_limit=10, directory=str(tmp_path))
+    assert space.put(b"abc") is None
+    space.close()
+
+
+def test_a_file_that_was_cut_short_is_noticed(tmp_path, monkeypatch):
+    """A copy is returned whole or not at all."""
+    space = CopySpace(memory_limit=0, spill_limit=10, directory=str(tmp_path))
+    kept = space.put(b"abc")
+    monkeypatch.setattr("silo.frozen.os.pread", lambda fd, size, offset: b"ab")
+    with pytest.raises(InvariantError):
+        space.get(kept)
+    space.close()
+
+
+def two_volumes(**limits: int) -> tuple[Group, list]:
+    group = Group("group", SystemClock(), copies=CopyLimits(**limits))
+    volumes = []
+    for name in ("disk", "memory"):
+        _, volume = make_volume(MemoryDevice(4 * CHUNK), group=group, name=name)
+        assert volume.write_nowait(0, OLD)
+        assert volume.write_nowait(2 * CHUNK, OLD)
+        volumes.append(volume)
+    return group, volumes
+
+
+async def test_a_cut_is_what_was_there():
+    """The guest writes on; both volumes are read as they were, copied or not."""
+    group, volumes = two_volumes()
+    assert volumes[0].zero_nowait(3 * CHUNK, CHUNK)
+    cut = group.take()
+    assert group.cut is cut
+    assert (cut.is_empty, cut.chunk_count, cut.copied_bytes) == (False, 5, 0)
+    assert volumes[0].write_nowait(0, NEW)
+    assert volumes[1].zero_nowait(2 * CHUNK, CHUNK)
+    assert cut.copied_bytes == CHUNK, "zeroing needs no copy"
+    for name, part in cut.volumes.items():
+        assert part.name == name
+        assert part.data.tolist() == [0, 2]
+        assert [bytes(await part.read(chunk)) for chunk in (0, 2)] == [OLD, OLD]
+    assert cut.volumes["disk"].zeros == [(3, 4)]
+    cut.commit()
+    assert (group.cut, volumes[0].cut) == (None, None)
+    assert chunks_with(volumes[0], SYNC_DIRTY) == [0]
+    assert chunks_with(volumes[1], SYNC_DIRTY) == [2]
+    assert chunks_with(volumes[0], SYNC_IN_CUT) == chunks_with(volumes[0], FROZEN) == []
+
+
+async def test_a_released_chunk_is_overwritten_without_a_copy():
+    """The uploader has it; releasing gives back the copy that there may be."""
+    group, (volume, _) = two_volumes()
+    cut = group.take()
+    part = cut.volumes["disk"]
+    part.release(0)
+    assert volume.write_nowait(0, NEW)
+    assert cut.copied_bytes == 0
+    assert volume.write_nowait(2 * CHUNK, NEW)
+    assert cut.copied_bytes == CHUNK
+    part.release(2)
+    assert cut.copied_bytes == 0
+    with pytest.raises(InvariantError, match="released"):
+        await part.read(0)
+    cut.abandon()
+
+
+async def test_an_abandoned_cut_is_dirty_again():
+    """Nothing was committed, so all of it is for the next cut; abandoning twice is harmless."""
+    group, volumes = two_volumes()
+    cut = group.take()
+    assert volumes[0].write_nowait(0, NEW)
+    cut.abandon()
+    cut.abandon()
+    assert chunks_with(volumes[0], SYNC_DIRTY) == chunks_with(volumes[1], SYNC_DIRTY) == [0, 2]
+    again = group.take()
+    assert bytes(await again.volumes["disk"].read(0)) == NEW
+    again.commit()
+
+
+async def test_a_cut_is_decided_once():
+    """A commit after the end would clean what the next cut has taken."""
+    group, _ = two_volumes()
+    cut = group.take()
+    cut.commit()
+    with pytest.raises(InvariantError, match="twice"):
+        cut.commit()
+    empty = group.take()
+    assert empty.is_empty
+    with pytest.raises(InvariantError, match="another one"):
+        group.take()
+    empty.abandon()
+
+
+async def test_an_overflow_gives_the_cut_up_and_not_the_guest():
+    """Room for one copy: the second write goes through, the cut can only be abandoned, on all volumes."""
+    group, (volume, other) = two_volumes(memory=CHUNK, spill=0)
+    cut = group.take()
+    part = cut.volumes["disk"]
+    assert volume.write_nowait(0, NEW)
+    assert volume.write_nowait(2 * CHUNK, NEW)
+    assert cut.overflowed
+    assert cut.copied_bytes == 0
+    assert chunks_with(volume, FROZEN) == chunks_with(other, FROZEN) == []
+    for lost in (part, cut.volumes["memory"]):
+        with pytest.raises(CapacityError, match="no room"):
+            await lost.read(0)
+    part.release(0)
+    with pytest.raises(InvariantError, match="lost old content"):
+        cut.commit()
+    assert group.cut is cut, "an overflowed cut still has to be abandoned"
+    cut.abandon()
+    assert chunks_with(volume, SYNC_DIRTY) == [0, 2]
+    with pytest.raises(CapacityError):
+        await part.read(0)
+
+
+async def test_an_overflow_in_the_middle_of_a_large_write():
+    """The write covers three frozen chunks with room for one: all of it is written, and nothing is frozen."""
+    group, volume = make_volume(MemoryDevice(4 * CHUNK), copies=CopyLimits(memory=CHUNK, spill=0))
+    assert volume.write_nowait(0, OLD * 4)
+    cut = group.take()
+    assert volume.write_nowait(0, NEW * 3)
+    assert cut.overflowed
+    assert bytes(await volume.read(0, 4 * CHUNK)) == NEW * 3 + OLD
+    cut.abandon()
+    assert chunks_with(volume, SYNC_DIRTY) == [0, 1, 2, 3]
+
+
+async def test_a_late_uploader_cannot_thaw_the_next_cut():
+    """It releases a chunk of a cut that has ended; the next cut has the same chunk frozen."""
+    group, (volume, _) = two_volumes()
+    late = group.take().volumes["disk"]
+    group.cut.abandon()
+    cut = group.take()
+    late.release(0)
+    assert volume.write_nowait(0, NEW)
+    assert bytes(await cut.volumes["disk"].read(0)) == OLD
+    with pytest.raises(InvariantError, match="ended"):
+        await late.read(2)
+    cut.commit()
+
+
+async def test_copies_spill_to_disk(tmp_path):
+    """Memory for one chunk and a directory for the rest: the cut survives."""
+    group, volume = make_volume(
+        MemoryDevice(4 * CHUNK), copies=CopyLimits(memory=CHUNK, spill=8 * CHUNK, directory=str(tmp_path))
+    )
+    for chunk in range(4):
+        assert volume.write_nowait(chunk * CHUNK, bytes([chunk + 1]) * CHUNK)
+    cut = group.take()
+    assert volume.write_nowait(0, NEW * 4)
+    part = cut.volumes["disk"]
+    assert [bytes(await part.read(chunk))[0] for chunk in range(4)] == [1, 2, 3, 4]
+    part.release(3)
+    cut.commit()
+
+
+async def test_the_cut_of_a_restarted_process_must_be_made_meaningful_first():
+    """Bytes with the in-cut bit of a dead process are refused, not silently mixed with a new cut."""
+    group, volume = make_volume(MemoryDevice(CHUNK))
+    volume.chunks.mark(0, SYNC_IN_CUT)
+    with pytest.raises(InvariantError):
+        group.take()
+    assert volume.chunks.residency(0) is Residency.PRESENT
