@@ -1,0 +1,1 @@
+"""How fast Silo is, measured beside the best that others offer. Read ``docs/benchmarks/README.md`` first."""

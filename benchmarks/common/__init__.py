@@ -1,0 +1,1 @@
+"""What every benchmark shares: taking turns, child processes, CPU time, summaries, tables."""
