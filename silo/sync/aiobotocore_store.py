@@ -3,8 +3,11 @@ about credentials: profiles, SSO, assumed roles, processes.
 
 The same contract, the same values and errors. The client is made lean: no parameter validation, no checksum
 trailers (which need chunked bodies, which some gateways refuse, and which some servers answer wrongly for ranges:
-our own digests cover the content), plain signed bodies, no retries. A body is joined into one buffer, because the
-client would otherwise read it piecewise in a thread.
+our own digests cover the content), plain signed bodies. A body is joined into one buffer, because the client would
+otherwise read it piecewise in a thread.
+
+Nothing is retried, on two levels: botocore's own retries are configured away, and those of aiohttp, which sends a
+PUT again when its connection breaks, are switched off where no configuration reaches (`_AskingOnce`).
 
 The connection pool belongs to the event loop of the first call.
 """
@@ -14,10 +17,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from botocore.exceptions import (
     BotoCoreError,
@@ -29,19 +33,19 @@ from botocore.exceptions import (
 
 from silo.abc import Buffer, ObjectInfo, ObjectStore, StoredObject
 from silo.errors import ClosedError, InvalidRequestError, SiloError
-from silo.sync.s3_errors import PRECONDITION_FAILED, is_absent, no_answer, refusal
+from silo.sync.s3_errors import NO_SUCH_BUCKET, NOT_FOUND, PRECONDITION_FAILED, no_answer, refusal
 from silo.sync.s3_location import EtagForm, S3Credentials, S3Location
 from silo.sync.store_keys import check_key, check_prefix, check_range
 
 __all__ = ["AiobotocoreStore"]
-
-T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 5
 _CONNECTIONS_MAX = 64
 _LIST_PAGE = 1000
 _DELETE_BATCH = 1000
 """What one DeleteObjects request may name."""
+_ABSENT = frozenset({NOT_FOUND})
+_PRECONDITION = frozenset({PRECONDITION_FAILED})
 
 
 class AiobotocoreStore(ObjectStore):
@@ -71,18 +75,16 @@ class AiobotocoreStore(ObjectStore):
 
     async def put(self, key: str, data: Sequence[Buffer]) -> str:
         check_key(key)
-        answer = await self._put(key, data)
-        return _etag(answer)
+        return _etag(await self._put(key, data))
 
     async def put_if(self, key: str, data: Sequence[Buffer], *, match: str | None) -> str | None:
         check_key(key)
-        condition = {"IfNoneMatch": "*"} if match is None else {"IfMatch": self.etag_form.write(match)}
-        try:
-            return _etag(await self._put(key, data, **condition))
-        except _Refused as refused:
-            if refused.status == PRECONDITION_FAILED or (match is not None and refused.absent):
-                return None
-            raise refused.error from None
+        if match is None:
+            answer = await self._put(key, data, unmet=_PRECONDITION, IfNoneMatch="*")
+        else:
+            unmet = _PRECONDITION | _ABSENT
+            answer = await self._put(key, data, unmet=unmet, IfMatch=self.etag_form.write(match))
+        return None if answer is None else _etag(answer)
 
     async def get(self, key: str, *, start: int = 0, length: int | None = None) -> StoredObject | None:
         check_key(key)
@@ -94,12 +96,9 @@ class AiobotocoreStore(ObjectStore):
         elif start:
             asked["Range"] = f"bytes={start}-"
         client = await self._open_client()
-        try:
-            answer = await self._answer(client.get_object(**self._named(key), **asked), 0, what)
-        except _Refused as refused:
-            if refused.absent:
-                return None
-            raise refused.error from None
+        answer = await self._answer(client.get_object(**self._named(key), **asked), 0, what, unmet=_ABSENT)
+        if answer is None:
+            return None
         coming = answer["ContentLength"]
         async with answer["Body"] as stream:
             body = await self._answer(stream.read(), coming, what)
@@ -111,12 +110,9 @@ class AiobotocoreStore(ObjectStore):
     async def head(self, key: str) -> ObjectInfo | None:
         check_key(key)
         client = await self._open_client()
-        try:
-            answer = await self._answer(client.head_object(**self._named(key)), 0, f"head {key}")
-        except _Refused as refused:
-            if refused.absent:
-                return None
-            raise refused.error from None
+        answer = await self._answer(client.head_object(**self._named(key)), 0, f"head {key}", unmet=_ABSENT)
+        if answer is None:
+            return None
         return ObjectInfo(key, answer["ContentLength"], _etag(answer), answer["LastModified"].timestamp())
 
     async def delete(self, keys: Sequence[str]) -> None:
@@ -129,7 +125,7 @@ class AiobotocoreStore(ObjectStore):
                 Bucket=self._location.bucket, Delete={"Objects": batch, "Quiet": True}
             )
             what = f"delete {len(batch)} objects"
-            answer = await self._answer_or_raise(request, what)
+            answer = await self._answer(request, 0, what)
             for failed in answer.get("Errors", ()):
                 raise no_answer(what, f"one failed with {failed.get('Code', 'an error')}")
 
@@ -143,7 +139,7 @@ class AiobotocoreStore(ObjectStore):
         }
         skip = len(self._location.object_name(""))
         while True:
-            page = await self._answer_or_raise(client.list_objects_v2(**asked), f"list {prefix}")
+            page = await self._answer(client.list_objects_v2(**asked), 0, f"list {prefix}")
             for found in page.get("Contents", ()):
                 modified = found["LastModified"].timestamp()
                 yield ObjectInfo(found["Key"][skip:], found["Size"], _etag(found), modified)
@@ -170,55 +166,58 @@ class AiobotocoreStore(ObjectStore):
                     )
                     self._client = await self._connections.enter_async_context(client)
                 except (BotoCoreError, ValueError) as error:
-                    raise _translated(error, "open").error from None
+                    raise _translated(error, "open") from None
             return self._client
 
-    async def _put(self, key: str, data: Sequence[Buffer], **condition: str) -> Any:
+    async def _put(
+        self, key: str, data: Sequence[Buffer], *, unmet: frozenset[int] = frozenset(), **condition: str
+    ) -> Any:
         client = await self._open_client()
         body = b"".join(data)
         request = client.put_object(**self._named(key), Body=body, **condition)
-        return await self._answer(request, len(body), f"put {key}")
+        return await self._answer(request, len(body), f"put {key}", unmet=unmet)
 
-    async def _answer_or_raise(self, request: Awaitable[T], what: str) -> T:
-        """As `_answer`, for requests of which every refusal is an error."""
-        try:
-            return await self._answer(request, 0, what)
-        except _Refused as refused:
-            raise refused.error from None
+    async def _answer(
+        self, request: Awaitable[Any], size: int, what: str, *, unmet: frozenset[int] = frozenset()
+    ) -> Any:
+        """Await a request that moves ``size`` bytes, within its deadline, and translate what it raises.
 
-    async def _answer(self, request: Awaitable[T], size: int, what: str) -> T:
-        """Await a request that moves ``size`` bytes, within its deadline. Raises `_Refused` for a refusal."""
+        None when the server refuses with one of the statuses ``unmet``, unless because there is no such bucket.
+        """
         timeout_s = self._location.time_for(size)
         try:
             async with asyncio.timeout(timeout_s):
                 return await request
         except TimeoutError:
             raise no_answer(what, f"nothing came within {timeout_s:.0f} s") from None
-        except (ClientError, BotoCoreError, aiohttp.ClientError, OSError) as error:
+        except ClientError as error:
+            status, code = _status_and_code(error)
+            if status in unmet and code != NO_SUCH_BUCKET:
+                return None
+            raise refusal(status, code, what) from None
+        except (BotoCoreError, aiohttp.ClientError, OSError) as error:
             raise _translated(error, what) from None
 
 
-class _Refused(Exception):
-    """An answer that is not a success: its status, whether it says that the object is absent, what to raise."""
-
-    def __init__(self, error: SiloError, status: int | None = None, *, absent: bool = False) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.status = status
-        self.absent = absent
+def _status_and_code(error: ClientError) -> tuple[int, str]:
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
+    code: str = error.response.get("Error", {}).get("Code", "")
+    return status, "" if code == str(status) else code  # botocore makes one up when there was none
 
 
-def _translated(error: Exception, what: str) -> _Refused:
-    if isinstance(error, ClientError):
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 500))
-        code = error.response.get("Error", {}).get("Code", "")
-        code = "" if code == str(status) else code  # botocore makes one up when there was none
-        return _Refused(refusal(status, code, what), status, absent=is_absent(status, code))
+def _translated(error: Exception, what: str) -> SiloError:
     if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound | ValueError):
-        return _Refused(
-            InvalidRequestError(f"cannot {what}: {error}", hint="see botocore's chain of credentials")
-        )
-    return _Refused(no_answer(what, type(error).__name__))
+        return InvalidRequestError(f"cannot {what}: {error}", hint="see botocore's chain of credentials")
+    return no_answer(what, type(error).__name__)
+
+
+class _AskingOnce(AIOHTTPSession):
+    """aiobotocore's HTTP session without aiohttp's silent second attempt, which would turn a success into a 412."""
+
+    async def _get_session(self, proxy_url: str | None) -> Any:
+        session = await super()._get_session(proxy_url)  # type: ignore[misc]
+        session._retry_connection = False
+        return session
 
 
 def _client_arguments(location: S3Location, credentials: S3Credentials | None) -> dict[str, Any]:
@@ -227,6 +226,7 @@ def _client_arguments(location: S3Location, credentials: S3Credentials | None) -
         connect_timeout=_CONNECT_TIMEOUT_S,
         read_timeout=location.timeout_s,
         max_pool_connections=_CONNECTIONS_MAX,
+        http_session_cls=_AskingOnce,
         retries={"total_max_attempts": 1, "mode": "standard"},
         parameter_validation=False,
         request_checksum_calculation="when_required",

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from silo.errors import CapacityError, InvalidRequestError, SiloError, UnavailableError
 
-__all__ = ["CONFLICT", "NOT_FOUND", "PRECONDITION_FAILED", "is_absent", "no_answer", "refusal"]
+__all__ = ["CONFLICT", "NOT_FOUND", "NO_SUCH_BUCKET", "PRECONDITION_FAILED", "no_answer", "refusal"]
 
 NOT_FOUND = 404
 CONFLICT = 409
 PRECONDITION_FAILED = 412
+NO_SUCH_BUCKET = "NoSuchBucket"
+"""The code that tells a missing bucket, which is a mistake, from a missing object, which is an answer."""
 
 _FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "XMinioAdminBucketQuotaExceeded"})
 _TRY_AGAIN = frozenset(
@@ -28,11 +30,6 @@ _HINTS = {
     416: "the range starts at or past the end of the object",
     501: "this server cannot do what Silo needs",
 }
-
-
-def is_absent(status: int | None, code: str) -> bool:
-    """Whether a refusal says that the object does not exist. A bucket that does not exist is another matter."""
-    return status == NOT_FOUND and code != "NoSuchBucket"
 
 
 def refusal(status: int, code: str, what: str) -> SiloError:

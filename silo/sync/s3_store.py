@@ -26,7 +26,7 @@ from obstore.store import S3Store as Client
 
 from silo.abc import Buffer, ObjectInfo, ObjectStore, StoredObject
 from silo.errors import ClosedError, UnavailableError
-from silo.sync.s3_errors import CONFLICT, NOT_FOUND, is_absent, no_answer, refusal
+from silo.sync.s3_errors import CONFLICT, NO_SUCH_BUCKET, NOT_FOUND, no_answer, refusal
 from silo.sync.s3_location import EtagForm, S3Credentials, S3Location
 from silo.sync.store_keys import check_key, check_prefix, check_range, just_before
 
@@ -160,9 +160,9 @@ class S3Store(ObjectStore):
             raise no_answer(what, f"nothing came within {timeout_s:.0f} s") from None
         except FileNotFoundError as error:
             status, code = _status_and_code(error)
-            if is_absent(status or NOT_FOUND, code):
-                raise
-            raise refusal(NOT_FOUND, code, what) from None
+            if code == NO_SUCH_BUCKET:
+                raise refusal(status or NOT_FOUND, code, what) from None
+            raise
         except BaseError as error:
             raise _translated(error, what) from None
 
@@ -176,7 +176,7 @@ def _translated(error: BaseError, what: str) -> Exception:
     if (
         isinstance(error, AlreadyExistsError | PreconditionError)
         and status != CONFLICT
-        and code != "NoSuchBucket"
+        and code != NO_SUCH_BUCKET
     ):
         return _ConditionFalse()
     if status is not None:

@@ -75,6 +75,7 @@ async def check_store(
     for check in checks:
         name = check.__name__.removeprefix("_check_").replace("_", "-")
         async with contextlib.AsyncExitStack() as closing:
+            closing.enter_context(noted(f"{check.__name__}: {check.__doc__}"))
             stores = []
             for _ in range(max(writers, 2) + 1):
                 stores.append(await make_store())
@@ -82,8 +83,7 @@ async def check_store(
             bench = Bench(stores[1:], f"{_ROOT}{name}/", rounds, big, many)
             cleaner = attrs.evolve(bench, stores=stores[:1])
             await empty(cleaner)
-            with noted(f"{check.__name__}: {check.__doc__}"):
-                await check(bench)
+            await check(bench)
             await empty(cleaner)
 
 

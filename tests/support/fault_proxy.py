@@ -141,10 +141,10 @@ class FaultProxy:
         except asyncio.CancelledError:
             return  # the proxy is closing, and waits for us
         finally:
-            self._handlers.discard(handler)
             writer.close()
             with contextlib.suppress(ConnectionError, asyncio.CancelledError):
                 await writer.wait_closed()
+            self._handlers.discard(handler)
 
     async def _answer(self, request: _Request, writer: asyncio.StreamWriter) -> bool:
         """False: the connection is to be reset."""

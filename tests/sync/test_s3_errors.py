@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from silo.errors import CapacityError, InvalidRequestError, SiloError, UnavailableError
-from silo.sync.s3_errors import is_absent, no_answer, refusal
+from silo.sync.s3_errors import no_answer, refusal
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,6 @@ def test_refusals(status: int, code: str, kind: type[SiloError]) -> None:
     assert code in str(error)
     assert "put vm1/head" in str(error)
     assert error.hint or kind is UnavailableError
-
-
-def test_absent_is_not_a_missing_bucket() -> None:
-    assert is_absent(404, "NoSuchKey")
-    assert is_absent(404, "")
-    assert not is_absent(404, "NoSuchBucket")
-    assert not is_absent(403, "")
-    assert not is_absent(None, "")
 
 
 def test_no_answer() -> None:
