@@ -187,6 +187,13 @@ class NbdClient:
         finally:
             self._drop()
 
+    def abort(self) -> None:
+        """Close the socket at once, without a word to the server. Calls in flight raise `ClosedError`.
+
+        What the server has received of them may still happen. `aclose` afterwards does nothing.
+        """
+        self._lose(ClosedError("the connection was closed"))
+
     def _checked(self) -> ClientSession:
         """The session, while it is usable."""
         if self._end is not None:

@@ -164,7 +164,7 @@ KILLING = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_b
 
 @pytest.mark.crash
 @given(GUESTS)
-@settings(max_examples=4, deadline=None, suppress_health_check=KILLING)
+@settings(max_examples=3, deadline=None, suppress_health_check=KILLING)
 async def test_nothing_answered_is_lost(guest: tuple[list[Burst], int]) -> None:
     await play(*guest)
 

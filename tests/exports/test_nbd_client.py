@@ -317,6 +317,19 @@ async def test_closing_fails_what_is_in_flight_and_says_goodbye() -> None:
         await expect(ClosedError, client.read(0, 512))
 
 
+async def test_aborting_says_nothing() -> None:
+    with connected() as (client, server):
+        async with asyncio.TaskGroup() as tasks:
+            reading = tasks.create_task(expect(ClosedError, client.read(0, 512)))
+            await server.wait_asked(1)
+            client.abort()
+            await reading
+        await server.wait_gone()
+        assert not server.parser.ended
+        await expect(ClosedError, client.flush())
+        await client.aclose()
+
+
 async def test_closing_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nbd_client, "_CLOSE_TIMEOUT_S", 0.01)
     with connected() as (client, server):
