@@ -32,7 +32,7 @@ ROOMS: dict[str, str] = {
         nbd_options nbd_replies nbd_session nbd_uri nbd_wire""",
     "sync": """claim codec head layout mappage nametable planner s3_errors s3_location segment settings
         store_faults store_keys""",
-    "p2p": "chunksets conversation handover messages wire",
+    "p2p": "chunksets convergence conversation handover messages precopy records settings terms wire",
     "hooks": "",
 }
 """The rooms of the drivers' ring, and the modules in them that are pure."""

@@ -15,13 +15,13 @@ import asyncio
 import contextlib
 import os
 import socket
-import stat
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from silo.abc import Buffer, Connection, Listener, Transport
 from silo.addresses import TcpAddress, UnixAddress, parse_address
 from silo.errors import ClosedError, InvalidRequestError, UnavailableError
+from silo.sockets import address_of, listen_on, peer_of, tune
 
 __all__ = ["PlainTransport"]
 
@@ -29,11 +29,6 @@ IOV_MAX = 512
 """Buffers per ``sendmsg``; Linux takes 1024."""
 SEND_MAX = 1 << 20
 """Bytes per ``sendmsg``, so that one call never holds the loop for long."""
-UNIX_BUFFER = 1 << 20
-"""Unix sockets start with about 200 KiB and do not grow by themselves; TCP does."""
-BACKLOG = 128
-KEEPALIVE_IDLE_S = 10
-"""The protocol has its own keep-alive; this one is for connections that wait to be greeted."""
 
 
 class PlainTransport(Transport):
@@ -62,19 +57,7 @@ class PlainTransport(Transport):
 
     async def listen(self, url: str) -> Listener:
         """Bind and listen. See `silo.abc.Transport.listen`."""
-        address = self._parse(url)
-        if isinstance(address, UnixAddress):
-            return SocketListener(_listen_unix(address.path), str(address))
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(
-                address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-        except OSError as error:
-            raise InvalidRequestError(f"cannot listen on {url}: {error.strerror or error}") from error
-        family, _, _, _, target = found[0]
-        sock = _listen(family, target, url)
-        return SocketListener(sock, str(TcpAddress(address.host, sock.getsockname()[1])))
+        return SocketListener(listen_on(self._parse(url)))
 
     def _parse(self, url: str) -> TcpAddress | UnixAddress:
         address = parse_address(url)
@@ -161,8 +144,8 @@ class SocketConnection(Connection):
 class SocketListener(Listener):
     """A listening socket. A Unix socket's file goes with it."""
 
-    def __init__(self, sock: socket.socket, url: str) -> None:
-        self.url = url
+    def __init__(self, sock: socket.socket) -> None:
+        self.url = str(address_of(sock))
         self._socket = sock
         self._fd = sock.fileno()
         self._waiting: asyncio.Future[None] | None = None
@@ -174,14 +157,14 @@ class SocketListener(Listener):
             if self._fd < 0:
                 raise ClosedError(f"{self.url} is closed")
             try:
-                sock, name = self._socket.accept()
+                sock, _ = self._socket.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 await self._ready()
                 continue
             except OSError as error:
                 raise UnavailableError(f"cannot accept on {self.url}: {error.strerror or error}") from error
-            _tune(sock)
-            return SocketConnection(sock, _peer_name(name) if isinstance(name, tuple) else self.url)
+            tune(sock)
+            return SocketConnection(sock, peer_of(sock))
 
     async def aclose(self) -> None:
         """See `silo.abc.Listener`."""
@@ -223,25 +206,10 @@ def _first_of(left: deque[memoryview]) -> list[memoryview]:
     return some
 
 
-def _peer_name(name: tuple[str, int]) -> str:
-    return str(TcpAddress(name[0], name[1]))
-
-
-def _tune(sock: socket.socket) -> None:
-    sock.setblocking(False)
-    if sock.family == socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UNIX_BUFFER)
-        return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-
-
 async def _connect(family: int, target: object, url: str) -> SocketConnection:
     sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        _tune(sock)
+        tune(sock)
         await asyncio.get_running_loop().sock_connect(sock, target)  # type: ignore[arg-type]
     except OSError as error:
         sock.close()
@@ -252,33 +220,3 @@ async def _connect(family: int, target: object, url: str) -> SocketConnection:
         sock.close()
         raise
     return SocketConnection(sock, url)
-
-
-def _listen(family: int, target: object, url: str) -> socket.socket:
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(target)  # type: ignore[arg-type]
-        sock.listen(BACKLOG)
-        sock.setblocking(False)
-    except OSError as error:
-        sock.close()
-        raise InvalidRequestError(f"cannot listen on {url}: {error.strerror or error}") from error
-    return sock
-
-
-def _listen_unix(path: str) -> socket.socket:
-    """Bind a Unix socket, replacing the file of a server that is dead and refusing that of one that lives."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise InvalidRequestError(f"cannot listen on {path}: there is a file that is no socket")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            except OSError as error:
-                raise InvalidRequestError(f"cannot listen on {path}: {error.strerror or error}") from error
-            else:
-                raise InvalidRequestError(f"cannot listen on {path}: somebody does already")
-    return _listen(socket.AF_UNIX, path, f"unix:{path}")

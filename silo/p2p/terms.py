@@ -1,0 +1,42 @@
+"""What the two hosts and the register compare when a group changes hands. Values only."""
+
+from __future__ import annotations
+
+import enum
+
+import attrs
+import msgspec
+
+__all__ = ["Standing", "Terms", "Verdict"]
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """What a claim for a handover compares (safety rule 3); on disk on both sides, and part of the handover."""
+
+    epoch: int
+    incarnation: str
+    """The source, as the register names it. Empty without a store."""
+    generations: tuple[int, ...]
+    """The committed generation, and the one whose commit was outstanding, if there was one."""
+    nonce: str
+    """Names the target's claim. Drawn by the source, which recognises it after a restart."""
+
+
+@attrs.frozen
+class Standing:
+    """How the group stands with the register, in one step with the chunk maps."""
+
+    epoch: int
+    incarnation: str
+    generations: tuple[int, ...]
+    """As in `Terms`; the first one is committed."""
+
+
+class Verdict(enum.Enum):
+    """What the register says to a source that wants its group back."""
+
+    WON = "won"
+    LOST = "lost"
+    """The target has claimed, under the nonce of the terms."""
+    FENCED = "fenced"
+    """Somebody else has."""
