@@ -2,8 +2,7 @@
 
 A layer that inherited a pass-through for every verb would let a verb slip past that it does not know: the day
 the port grows one, a checking layer stops checking and a delaying one stops delaying, silently. So `Layer` passes
-nothing through by inheritance. A subclass must name every verb of the port in its own body, or it cannot even
-be defined; where it has nothing to add it says so: ``data_extents = Layer.data_extents``.
+nothing through by inheritance. A subclass must name every verb of the port, or it cannot even be defined; where it has nothing to add it says so: ``data_extents = Layer.data_extents``.
 """
 
 from __future__ import annotations
@@ -31,7 +30,9 @@ class Layer(BlockDevice):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        missing = sorted(verb for verb in BlockDevice.__abstractmethods__ if verb not in vars(cls))
+        above = cls.__mro__[: cls.__mro__.index(Layer)]
+        named = {name for base in above for name in vars(base)}
+        missing = sorted(BlockDevice.__abstractmethods__ - named)
         if missing:
             raise TypeError(f"{cls.__name__} does not say what it does on {', '.join(missing)}")
 

@@ -22,6 +22,7 @@ from silo.devices.file import FileDevice
 from silo.errors import CapacityError, ClosedError, InvalidRequestError, UnavailableError
 from silo.linux import EPHEMERAL_FILESYSTEMS, filesystem_magic
 from silo.testing.check_device import check_device
+from tests.support.tools import require_tool
 
 MIB = 1 << 20
 
@@ -92,6 +93,54 @@ async def test_contract_without_fallocate(
     monkeypatch.setattr("silo.devices.file.fallocate", fallocate)
     maker = Maker(tmp_path)
     await check_device(maker.make, reopen=maker.reopen)
+
+
+@pytest.fixture
+def block_device(tmp_path: Path) -> Iterator[Path]:
+    """A loop device of 3 MiB and one block; skips the test where we may not make one."""
+    image = tmp_path / "image"
+    image.touch()
+    os.truncate(image, 3 * MIB + 512)
+    command = [require_tool("losetup"), "--find", "--show", str(image)]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    path = Path(made.stdout.strip())
+    yield path
+    subprocess.run([require_tool("losetup"), "--detach", str(path)], check=True, timeout=30)
+
+
+async def test_contract_on_a_block_device(block_device: Path) -> None:
+    async def make() -> FileDevice:
+        with block_device.open("r+b") as file:
+            file.write(bytes(3 * MIB + 512))
+        return FileDevice(block_device)
+
+    async def reopen(device: FileDevice) -> FileDevice:
+        return FileDevice(device.path)
+
+    await check_device(make, reopen=reopen)
+
+
+async def test_a_volume_may_be_smaller_than_its_block_device(block_device: Path) -> None:
+    device = FileDevice(block_device, MIB)
+    assert device.size == MIB
+    assert await device.data_extents() == [(0, MIB)]
+    await device.aclose()
+    with pytest.raises(InvalidRequestError, match="has 3146240 bytes, not the 4194304"):
+        FileDevice(block_device, 4 * MIB)
+
+
+async def test_a_block_device_in_use_is_refused(block_device: Path) -> None:
+    """By a mount or anything else that opens it exclusively."""
+    fd = os.open(block_device, os.O_RDONLY | os.O_EXCL)
+    try:
+        with pytest.raises(UnavailableError, match="is mounted or otherwise in use"):
+            FileDevice(block_device)
+    finally:
+        os.close(fd)
+    device = FileDevice(block_device)
+    await device.aclose()
 
 
 # ------------------------------------------------------------------------------------------------- opening

@@ -59,5 +59,13 @@ def test_every_layer_of_ours_names_every_verb(layer: type[Layer]) -> None:
     assert [verb for verb in VERBS if verb not in vars(layer)] == []
 
 
+def test_a_layer_may_refine_one_that_named_everything() -> None:
+    class Quiet(CheckedDevice):
+        async def flush(self) -> None:
+            """Says so of one verb, and leaves the others as they were named."""
+
+    assert Quiet(MemoryDevice(512)).size == 512
+
+
 def test_a_layer_says_what_it_is_around() -> None:
     assert repr(Passing(CheckedDevice(MemoryDevice(512)))) == "Passing(CheckedDevice(MemoryDevice(512)))"
