@@ -187,7 +187,7 @@ class Cut:
     time_monotonic: float
     _maps: Mapping[str, ChunkMap]
     _space: CopySpace
-    _on_end: Callable[[Cut], None]
+    _on_end: Callable[[], None]
     overflowed: bool = False
     _ended: bool = False
 
@@ -236,4 +236,4 @@ class Cut:
         for chunks in self._maps.values():
             decide(chunks)
         self._space.close()
-        self._on_end(self)
+        self._on_end()

@@ -110,12 +110,10 @@ class Group:
         self._cut = cut
         return cut
 
-    def _forget_cut(self, cut: Cut) -> None:
-        if self._cut is cut:
-            self._cut = None
+    def _forget_cut(self) -> None:
+        self._cut = None
         for volume in self.volumes.values():
-            if volume.cut is cut.volumes.get(volume.name):
-                volume.cut = None
+            volume.cut = None
 
     def record_migration(self, on: bool) -> None:
         """Start the migration recorder of all volumes with everything clean, or stop it."""

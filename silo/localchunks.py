@@ -144,12 +144,11 @@ class LocalChunks:
         return next((chunk for chunk in self._writers if first <= chunk < limit), None)
 
     async def _wait_busy(self, chunk: int) -> None:
-        """Return when a device phase on the chunk has ended; look again then.
+        """Return when a device phase on a busy chunk has ended; look again then.
 
         No deadline: each phase is one device call, which cannot be shortened.
         """
-        if self._states[chunk] & LOCKED or chunk in self._writers:
-            await self._waiting.setdefault(chunk, asyncio.Event()).wait()
+        await self._waiting.setdefault(chunk, asyncio.Event()).wait()
 
     # ---- what a write leaves in the map -----------------------------------------------------------------
 
@@ -352,13 +351,11 @@ class LocalChunks:
         takes as long as the medium needs, and it cannot be taken back.
         """
         ticket = self._flush_started + 1
-        while self._flush_done < ticket:
-            async with self._flush_turn:
-                if self._flush_done < ticket:
-                    self._flush_started += 1
-                    started = self._flush_started
-                    await self._flush_now()
-                    self._flush_done = started
+        async with self._flush_turn:
+            if self._flush_done < ticket:
+                self._flush_started += 1
+                await self._flush_now()
+                self._flush_done = self._flush_started
 
     async def _flush_now(self) -> None:
         # Without a durable map the device itself must be zero where the guest has zeroed.

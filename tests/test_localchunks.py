@@ -189,6 +189,23 @@ async def test_a_cancelled_fetch_is_taken_over():
 
 
 @interleaved
+async def test_a_chunk_that_the_guest_is_covering_is_not_fetched():
+    """A read of it waits for the write, and returns what was written."""
+    source = DictSource({0: OLD})
+    device = HeldDevice(CHUNK, slow="write", hold="write")
+    _, volume = make_volume(device, ABSENT)
+    volume.set_source(ABSENT, source)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(volume.write(0, NEW))
+        write = await device.next("write")
+        read = tasks.create_task(volume.read(0, CHUNK))
+        await everything_else()
+        write.release()
+    assert bytes(read.result()) == NEW
+    assert source.asked == []
+
+
+@interleaved
 async def test_a_large_read_hydrates_side_by_side_and_reports_an_error():
     """Several chunks are asked for at a time; the first error ends the read, and no task is left."""
     source = Slow({0: OLD, 1: None, 2: NEW})
@@ -429,6 +446,18 @@ async def test_a_copy_for_a_cut_that_has_ended_is_dropped():
     assert first.copied_bytes == 0
     assert bytes(await second.volumes["disk"].read(0)) == OLD
     second.commit()
+
+
+async def test_two_locks_on_one_chunk_are_a_bug():
+    """Two device phases would each believe that the chunk is theirs."""
+    device = HeldDevice(CHUNK, slow="write", hold="write")
+    _, volume = make_volume(device, ABSENT)
+    async with asyncio.TaskGroup() as tasks:
+        fill = tasks.create_task(volume.fill(0, OLD))
+        await device.next("write")
+        with pytest.raises(InvariantError, match="locked twice"):
+            await volume._write_device(0, NEW)
+        fill.cancel()
 
 
 async def test_a_frozen_chunk_without_a_cut_is_a_bug():
