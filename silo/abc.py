@@ -296,8 +296,12 @@ class Workload(abc.ABC):
     """
 
     def caps(self) -> Capabilities:
-        """What this workload can do."""
-        return Capabilities()
+        """What this workload can do; if not said otherwise, what it has hooks for. Must return at once."""
+        kind = type(self)
+        return Capabilities(
+            quiesce=kind.quiesce is not Workload.quiesce,
+            captures_state=kind.capture is not Workload.capture,
+        )
 
     def prepare(self, step: Step) -> Awaitable[None] | None:
         """Target: get ready to resume (start the VM manager paused). Source: a chance to warm up."""
