@@ -2,7 +2,8 @@
 
 A layer that inherited a pass-through for every verb would let a verb slip past that it does not know: the day
 the port grows one, a checking layer stops checking and a delaying one stops delaying, silently. So `Layer` passes
-nothing through by inheritance. A subclass must name every verb of the port, or it cannot even be defined; where it has nothing to add it says so: ``data_extents = Layer.data_extents``.
+nothing through by inheritance. A subclass must name every verb of the port, or it cannot even be defined; where
+it has nothing to add it says so: ``data_extents = Layer.data_extents``.
 """
 
 from __future__ import annotations
