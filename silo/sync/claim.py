@@ -35,6 +35,7 @@ __all__ = [
     "Verdict",
     "build_claim",
     "check_successor",
+    "check_volumes",
     "judge_claim",
     "judge_commit",
     "owner_of",
@@ -168,8 +169,11 @@ def build_claim(
 ) -> Head:
     """The head with which ``incarnation`` becomes the owner. Only the ownership changes, nothing that is stored.
 
-    ``volumes`` are those of a group that has no head yet; a head that exists keeps its own until the next commit.
+    ``volumes`` are those that the claimant has: they make a new group, and must fit the head of an old one, which
+    keeps its own until the next commit. Without any there is nothing to check.
     """
+    if found is not None and volumes:
+        check_volumes(found, volumes)
     record = ClaimRecord(
         nonce=claim_nonce,
         previous_epoch=found.epoch if found else 0,
@@ -205,6 +209,22 @@ def build_claim(
         segments=(),
         claim=record,
     )
+
+
+def check_volumes(head: Head, volumes: Sequence[VolumeInfo]) -> None:
+    """Raise `InvalidRequestError` unless all volumes of ``head`` are here, each of the same shape. More may be."""
+    here = {volume.name: volume for volume in volumes}
+    for volume in head.volumes:
+        own = here.get(volume.name)
+        if own is None:
+            raise InvalidRequestError(
+                f"group {head.group} has a volume {volume.name} in the store and not here"
+            )
+        if own != volume:
+            raise InvalidRequestError(
+                f"volume {volume.name} has {own.size} bytes in chunks of {own.chunk_size} and blocks of "
+                f"{own.block_size} here, but {volume.size}, {volume.chunk_size} and {volume.block_size} in the store"
+            )
 
 
 def check_successor(current: Head, following: Head) -> None:

@@ -22,6 +22,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import attrs
 import numpy as np
@@ -170,6 +171,10 @@ class VolumeMap:
         copy["kind"][copy["kind"] == 0] = Kind.ZERO
         return copy
 
+    def key(self, segment: int) -> str:
+        """The key behind the number in a slot."""
+        return self._keys.key(segment)
+
     def digest(self, chunk: int) -> bytes | None:
         """The digest of a chunk with a payload; ``None`` when it has none, or is not known."""
         slot = self._slots[chunk]
@@ -187,6 +192,19 @@ class VolumeMap:
             if not bool(known.all()):
                 return False
         return True
+
+    def runs(self) -> Iterator[tuple[int, int, bool]]:
+        """``(first, limit, stored)`` over the whole volume; ``stored`` is false for what is known to be zero."""
+        for page in range(self.page_total):
+            first, limit = self.extent_of(page)
+            if not self._used[page]:
+                yield first, limit, not self.loaded[page]
+                continue
+            kinds = self._slots["kind"][first:limit]
+            zero = (kinds == Kind.ZERO) | ((kinds == 0) & self.loaded[page])
+            edges = [0, *(np.flatnonzero(np.diff(zero)) + 1).tolist(), limit - first]
+            for low, high in pairwise(edges):
+                yield first + low, first + high, not zero[low]
 
     def _split(self, first: int, limit: int) -> Iterator[tuple[int, int, int]]:
         """``(page, first, limit)`` for each page that a run touches."""

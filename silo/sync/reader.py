@@ -8,6 +8,8 @@ whoever made them has time and its own idea of when to come back.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from silo.abc import Buffer, Clock, ObjectStore
 from silo.errors import CorruptionError, InvalidRequestError, UnavailableError
@@ -16,6 +18,8 @@ from silo.sync.settings import FetchSettings
 
 __all__ = ["StoreReader"]
 
+T = TypeVar("T")
+
 
 class StoreReader:
     """See the module. Concurrent calls are what it is for."""
@@ -23,8 +27,7 @@ class StoreReader:
     def __init__(self, store: ObjectStore, clock: Clock, settings: FetchSettings | None = None) -> None:
         self.settings = settings or FetchSettings()
         self.bytes_read = 0
-        self.background = asyncio.Semaphore(self.settings.background_lanes)
-        """Hold one of these around `read_now`; `read` does so itself."""
+        self._background = asyncio.Semaphore(self.settings.background_lanes)
         self._demand = asyncio.Semaphore(self.settings.demand_lanes)
         self._store = store
         self._clock = clock
@@ -36,14 +39,25 @@ class StoreReader:
         demand. `CorruptionError` when the object is shorter. Cancellation leaves nothing behind.
         """
         if not demand:
-            async with self.background:
+            async with self._background:
                 return await self.read_now(key, offset, length)
+        return await self.patiently(lambda: self.read_now(key, offset, length))
+
+    async def read_object(self, key: str) -> Buffer | None:
+        """The whole of an object, on demand; ``None`` when there is none. Raises as `read`."""
+        found = await self.patiently(
+            lambda: bounded(lambda: self._store.get(key), self.settings.retry.request_timeout_s)
+        )
+        return None if found is None else found.data
+
+    async def patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Make a request in a demand lane, again and again until the store answers or ``patience_s`` is over."""
         give_up = self._clock.monotonic() + self.settings.patience_s
         backoff = Backoff(self._clock, self.settings.retry)
         while True:
             try:
                 async with self._demand:
-                    return await self.read_now(key, offset, length)
+                    return await call()
             except UnavailableError as error:
                 delay = backoff.failed(error)
                 if self._clock.monotonic() + delay > give_up:

@@ -129,7 +129,8 @@ class Register:
     ) -> Head:
         """Become the owner, over a head that ``expectation`` allows, and return the head that says so.
 
-        ``volumes`` are needed to create a group. ``nonce`` names the claim in the head for as long as the epoch
+        ``volumes`` are those that are here: a new group gets them, an old one must have no others or differently
+        shaped ones (`InvalidRequestError`). ``nonce`` names the claim in the head for as long as the epoch
         lasts; a target uses the one of its handover again after a restart. ``prepare`` is awaited before each
         attempt under another epoch, so that the caller can make durable what a restart must know.
 

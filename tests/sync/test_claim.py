@@ -146,6 +146,27 @@ def test_a_claim_creates_a_group() -> None:
 
 
 @pytest.mark.parametrize(
+    ("volumes", "fits"),
+    [
+        (VOLUMES, True),
+        ((*VOLUMES, VolumeInfo("new", 512, 4096, 512)), True),
+        ((), True),
+        ((VolumeInfo("other", 1 << 20, 65536, 512),), False),
+        ((VolumeInfo("disk", 1 << 21, 65536, 512),), False),
+        ((VolumeInfo("disk", 1 << 20, 4096, 512),), False),
+        ((VolumeInfo("disk", 1 << 20, 65536, 4096),), False),
+    ],
+)
+def test_a_claim_needs_the_same_volumes(volumes: tuple[VolumeInfo, ...], fits: bool) -> None:
+    """A host with other disks is refused before it takes the group from anybody."""
+    if fits:
+        assert build(HANDOVER, head(), volumes).volumes == VOLUMES
+    else:
+        with pytest.raises(InvalidRequestError):
+            build(HANDOVER, head(), volumes)
+
+
+@pytest.mark.parametrize(
     ("changes", "sound"),
     [
         ({"generation": 8}, True),

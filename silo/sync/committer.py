@@ -1,0 +1,170 @@
+"""From a cut to a commit: upload, checkpoint if due, compare-and-swap, and the map brought up to date.
+
+The head that a commit writes lists what the present head lists (or nothing, after a checkpoint), then what is
+pending. Nothing is committed when that changes nothing. A segment is listed only by the owner under which it was
+uploaded: when the epoch has changed meanwhile (the group was offered to another host and taken back), what is
+pending is dropped and the cut must be taken again, because collectors of a later epoch sweep earlier ones.
+
+One call at a time; the syncer sees to that.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from silo.abc import Clock, ObjectStore
+from silo.errors import CapacityError, CorruptionError, InvariantError, SiloError, UnavailableError
+from silo.frozen import Cut
+from silo.group import Group
+from silo.sync.checkpointer import Checkpoint, changed_bytes, write_checkpoint
+from silo.sync.claim import Owner
+from silo.sync.head import Head, VolumeInfo, WriterState
+from silo.sync.manifest import Manifest
+from silo.sync.pending import Pending
+from silo.sync.planner import checkpoint_due
+from silo.sync.register import Register
+from silo.sync.sender import ObjectSender
+from silo.sync.settings import SyncSettings
+from silo.sync.uploader import Uploader
+from silo.sync.workers import Workers
+
+__all__ = ["Committer", "volume_infos"]
+
+
+def volume_infos(group: Group) -> tuple[VolumeInfo, ...]:
+    """The volumes of a group as its head lists them."""
+    return tuple(
+        VolumeInfo(name, volume.geometry.size, volume.geometry.chunk_size, volume.geometry.block_size)
+        for name, volume in group.volumes.items()
+    )
+
+
+class Committer:
+    """See the module."""
+
+    def __init__(
+        self,
+        group: Group,
+        register: Register,
+        store: ObjectStore,
+        manifest: Manifest,
+        clock: Clock,
+        settings: SyncSettings,
+        directory: str | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.sender = ObjectSender(store, group.name, settings, clock)
+        self.map_error: SiloError | None = None
+        """Why the last checkpoint that was due could not be written. Commits go on without it."""
+        self._group = group
+        self._register = register
+        self._settings = settings
+        self._workers = Workers(settings.threads)
+        self._pending = Pending(manifest, directory)
+        self._pending_owner: Owner | None = None
+        self._uploader = Uploader(group.name, manifest, self._pending, self.sender, self._workers, settings)
+
+    @property
+    def elided_chunks(self) -> int:
+        """Chunks that were not stored because the store had their content already."""
+        return self._uploader.elided_chunks
+
+    def is_idle(self, cut: Cut) -> bool:
+        """Whether there is nothing at all to do for this cut, not even a checkpoint that cannot wait."""
+        overdue = len(self.manifest.head.segments) >= 4 * self._settings.checkpoint_segments
+        return cut.is_empty and not overdue and volume_infos(self._group) == self.manifest.head.volumes
+
+    async def upload(self, cut: Cut) -> Checkpoint | None:
+        """Store what the commit of the cut will refer to. Goes on for as long as the store does not answer.
+
+        `CapacityError` when there is no room for copies or for the map any more.
+        """
+        owner = self._owner()
+        if owner != self._pending_owner:
+            self._pending.clear()
+            self._pending_owner = owner
+        heats = {name: volume.heat for name, volume in self._group.volumes.items()}
+        await self._uploader.upload(cut, owner, heats)
+        return await self._write_checkpoint(owner)
+
+    async def _write_checkpoint(self, owner: Owner) -> Checkpoint | None:
+        head = self.manifest.head
+        due = checkpoint_due(
+            segments=len(head.segments),
+            soft_limit=self._settings.checkpoint_segments,
+            page_bytes=changed_bytes(self.manifest),
+            stored_bytes=sum(segment.size for segment in head.segments),
+        )
+        if not due:
+            return None
+        try:
+            made = await write_checkpoint(self.manifest, self.sender, owner, self._settings.segment_size)
+        except (CorruptionError, UnavailableError) as error:
+            # A page of the old map cannot be read. The chunks of the cut must not wait for it.
+            self.map_error = error
+            return None
+        self.map_error = None
+        return made
+
+    async def commit(self, cut: Cut, checkpoint: Checkpoint | None) -> None:
+        """Put what `upload` has stored into the head, and end the cut. Nothing is sent when nothing has changed.
+
+        Raises as `Register.commit`; the cut is then as it was.
+        """
+        if self._owner() != self._pending_owner:
+            self._pending.clear()
+            raise UnavailableError(
+                f"the epoch of group {self._group.name} changed while a cut was uploaded",
+                hint="it is taken again",
+            )
+        if cut.overflowed:
+            raise CapacityError("there was no room to keep old content for the cut", hint="it is taken again")
+        following = self._following(cut, checkpoint)
+        if following is None:
+            cut.commit()
+            return
+        head = await self._register.commit(following)
+        cut.commit()
+        try:
+            if checkpoint is not None:
+                checkpoint.adopted(self.manifest)
+            await self.manifest.committed(head, self._pending.indexes())
+        except SiloError as error:
+            # The map in memory is not what was committed: nothing may be compared with it any more.
+            raise InvariantError(f"a commit could not be taken over: {error}") from error
+        self._pending.clear()
+
+    def abandoned(self) -> None:
+        """The cut will not be committed: keep what is stored for the next one."""
+        self._pending.carry_over()
+
+    def _following(self, cut: Cut, checkpoint: Checkpoint | None) -> Head | None:
+        head = self._register.head
+        if head is None:
+            raise InvariantError("a commit was tried before the claim")
+        volumes = volume_infos(self._group)
+        changes = bool(self._pending.segments) or volumes != head.volumes
+        if not changes and checkpoint is None:
+            return None
+        listed = head.segments if checkpoint is None else ()
+        return msgspec.structs.replace(
+            head,
+            generation=head.generation + changes,
+            cut_time=cut.time_wall if changes else head.cut_time,
+            state=WriterState.OPEN,
+            volumes=volumes,
+            root=head.root if checkpoint is None else checkpoint.root,
+            segments=listed + self._pending.segments,
+            seq=max(head.seq, self._pending.last_seq, checkpoint.last_seq if checkpoint else 0),
+        )
+
+    def _owner(self) -> Owner:
+        owner = self._register.owner
+        if owner is None:
+            raise InvariantError("a cut was uploaded before the claim")
+        return owner
+
+    def close(self) -> None:
+        """Let the threads end and give temporary space back. Not while a call is in progress."""
+        self._workers.close()
+        self._pending.close()

@@ -1,0 +1,124 @@
+"""Segments that are in the store and in no head yet.
+
+While a cut is uploaded its finished segments are listed here. The commit puts them into the head. When the cut is
+abandoned instead they stay: its chunks are dirty again, so each of them will be in the next cut, and those
+whose content is still the same need not be uploaded twice. The next head then lists the older segments first
+and the newer ones after them, which override what has changed.
+
+So a chunk is compared with what the head *will* say: with the segments left over from abandoned cuts, and below
+them with the committed map. It is not compared with the segments of the cut in progress, which cannot name it
+twice.
+
+Indexes are kept in a spooled temporary file: 64 bytes per chunk would be too much memory for a first cut.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+
+import attrs
+
+from silo.sync.codec import Kind
+from silo.sync.committed import CommittedMap
+from silo.sync.head import PartRef, SegmentRef
+from silo.sync.layout import SegmentName
+from silo.sync.manifest import Manifest, parse_index_of
+from silo.sync.segment import Index, Segment
+
+__all__ = ["Pending"]
+
+SPOOL_MEMORY = 4 * 1024 * 1024
+
+
+@attrs.frozen(order=True)
+class _Listed:
+    seq: int
+    segment: SegmentRef = attrs.field(order=False)
+    spooled: tuple[int, int] = attrs.field(order=False)
+
+
+class Pending:
+    """See the module. One event loop; nothing here waits."""
+
+    def __init__(self, manifest: Manifest, directory: str | None = None) -> None:
+        self._manifest = manifest
+        self._directory = directory
+        self._listed: list[_Listed] = []
+        self._left_over: CommittedMap | None = None
+        self._spool = tempfile.SpooledTemporaryFile(SPOOL_MEMORY, dir=directory)  # noqa: SIM115
+        self._spool_end = 0
+
+    @property
+    def segments(self) -> tuple[SegmentRef, ...]:
+        """What the next head must list after what it lists now, in order."""
+        return tuple(listed.segment for listed in self._listed)
+
+    @property
+    def last_seq(self) -> int:
+        """The highest sequence number among them, or 0."""
+        return self._listed[-1].seq if self._listed else 0
+
+    def add(self, name: SegmentName, segment: Segment) -> None:
+        """A segment of the cut in progress is stored."""
+        reference = SegmentRef(
+            name.key, segment.size, segment.index_offset, len(segment.index), segment.index_digest.hex()
+        )
+        self._spool.seek(self._spool_end)
+        self._spool.write(segment.index)
+        spooled = (self._spool_end, len(segment.index))
+        self._spool_end += len(segment.index)
+        self._listed.append(_Listed(name.seq, reference, spooled))
+        self._listed.sort()  # uploads end in any order
+
+    def digest(self, volume: str, chunk: int) -> bytes | None:
+        """The digest that the next head gives to a chunk that it need not list again; ``None`` when there is none."""
+        if self._left_over is not None:
+            place = self._left_over.volumes[volume].locate(chunk)
+            if place is not None:
+                return place.digest if place.kind in (Kind.RAW, Kind.ZSTD) else None
+        return self._manifest.volume(volume).digest(chunk)
+
+    def is_zero(self, volume: str, first: int, limit: int) -> bool:
+        """Whether a run is known to be zero in the next head without being listed again."""
+        if self._left_over is not None:
+            return False  # an entry of 64 bytes too many, in a rare case
+        return self._manifest.volume(volume).is_zero(first, limit)
+
+    def indexes(self) -> Iterator[tuple[SegmentRef, Index]]:
+        """All of them with their indexes, in order."""
+        for listed in self._listed:
+            start, length = listed.spooled
+            self._spool.seek(start)
+            yield listed.segment, parse_index_of(listed.segment, self._spool.read(length))
+
+    def carry_over(self) -> None:
+        """The cut was abandoned: what was stored of it is compared with from now on."""
+        if not self._listed:
+            return
+        self._drop_left_over()
+        self._left_over = CommittedMap(self._directory)
+        nowhere = PartRef("", 0, 0, "")
+        for name, volume in self._manifest.maps.volumes.items():
+            unknown = dict.fromkeys(range(volume.page_total), nowhere)
+            self._left_over.add(name, volume.chunk_count, volume.page_chunks, unknown)
+        for segment, index in self.indexes():
+            self._left_over.apply(index, segment.key)
+
+    def clear(self) -> None:
+        """They are in the head, or may never be."""
+        self._drop_left_over()
+        self._listed.clear()
+        self._spool.seek(0)
+        self._spool.truncate()
+        self._spool_end = 0
+
+    def _drop_left_over(self) -> None:
+        if self._left_over is not None:
+            self._left_over.close()
+            self._left_over = None
+
+    def close(self) -> None:
+        """Give all space back."""
+        self._drop_left_over()
+        self._spool.close()

@@ -1,0 +1,192 @@
+"""From a cut to stored segments, with bounded memory.
+
+::
+
+    chunks, coldest first ─► read ─► hash, compare, compress (threads) ─► pack ─► send (window)
+                              └─ release: the volume may overwrite the chunk without a copy
+
+A batch of chunks is read and at once released, so old content is protected no longer than it takes to get here.
+Memory is the window of the sender, one segment being packed, and a few batches in the threads. Batches are packed
+in the order in which they were read, whatever thread was faster, so the same cut makes the same segments.
+
+Chunks whose digest the next head would give them anyway are left out. Zero chunks become runs, whether the guest
+zeroed them or wrote zeros.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+
+import attrs
+import numpy as np
+
+from silo.abc import Buffer
+from silo.chunkmap import Indices, runs_of
+from silo.errors import CapacityError, CorruptionError, UnavailableError
+from silo.frozen import Cut, VolumeCut
+from silo.heatmap import HeatMap
+from silo.sync.claim import Owner
+from silo.sync.codec import Encoded, Kind
+from silo.sync.manifest import Manifest
+from silo.sync.pending import Pending
+from silo.sync.planner import batches, coldest_first
+from silo.sync.segment import ENTRY, SegmentBuilder
+from silo.sync.sender import ObjectSender
+from silo.sync.settings import SyncSettings
+from silo.sync.tasks import task_group
+from silo.sync.workers import Workers
+
+__all__ = ["CutUpload", "Uploader"]
+
+
+@attrs.frozen
+class _Batch:
+    volume: str
+    chunks: list[int]
+    encoded: list[Encoded | None]
+
+
+@attrs.define
+class Uploader:
+    """What uploads of one group share. `upload` is called for one cut at a time."""
+
+    group: str
+    manifest: Manifest
+    pending: Pending
+    sender: ObjectSender
+    workers: Workers
+    settings: SyncSettings
+    elided_chunks: int = 0
+
+    async def upload(self, cut: Cut, owner: Owner, heats: Mapping[str, HeatMap]) -> None:
+        """Store what the cut adds to the next head; ``pending`` lists it then.
+
+        `CapacityError` when the room for copies or for the map has run out; otherwise it goes on until everything
+        is stored. When it raises or is cancelled, ``pending`` lists what is stored so far.
+        """
+        async with task_group() as tasks:
+            await CutUpload(self, cut, owner, heats, tasks).run()
+
+
+class CutUpload:
+    """The upload of one cut."""
+
+    def __init__(
+        self,
+        shared: Uploader,
+        cut: Cut,
+        owner: Owner,
+        heats: Mapping[str, HeatMap],
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._shared = shared
+        self._cut = cut
+        self._owner = owner
+        self._heats = heats
+        self._tasks = tasks
+        self._pipeline: deque[asyncio.Task[_Batch]] = deque()
+        self._zeros: dict[str, list[int]] = {name: [] for name in cut.volumes}
+        self._builder = self._new_builder()
+
+    async def run(self) -> None:
+        """Read, encode, pack and start to send everything; the task group waits for the sending."""
+        for part in self._cut.volumes.values():
+            size = max(1, self._shared.settings.batch_size // part.geometry.chunk_size)
+            ordered = coldest_first(part.data, self._heats[part.name].write_view)
+            for chunks in batches(ordered, size):
+                contents = await self._read(part, chunks)
+                known = [self._shared.pending.digest(part.name, chunk) for chunk in chunks]
+                self._pipeline.append(
+                    self._tasks.create_task(self._encode(part.name, chunks, contents, known))
+                )
+                if len(self._pipeline) > self._shared.settings.threads:
+                    await self._pack(await self._pipeline.popleft())
+        while self._pipeline:
+            await self._pack(await self._pipeline.popleft())
+        for part in self._cut.volumes.values():
+            await self._pack_zeros(part)
+        if self._builder.entry_count:
+            await self._send()
+
+    def check(self) -> None:
+        """Raise when the cut has lost old content, so that nothing of it may be committed."""
+        if self._cut.overflowed:
+            raise CapacityError(
+                "the guest writes faster than the store takes it, and the room for copies is used up",
+                hint="the cut is taken again; give copies more room, or the guest a slower disk",
+            )
+
+    async def _read(self, part: VolumeCut, chunks: list[int]) -> list[Buffer]:
+        """The contents at the instant of the cut. The map is made ready for their entries."""
+        volume = self._shared.manifest.volume(part.name)
+        indices = np.array(chunks, dtype=np.int64)
+        for page in volume.pages_of(indices):
+            try:
+                await self._shared.manifest.load_page(part.name, page, demand=False)
+            except (UnavailableError, CorruptionError):
+                break  # without it the chunks are simply stored again; a checkpoint will say what is wrong
+        volume.reserve(indices)
+        contents = []
+        for chunk in chunks:
+            contents.append(await part.read(chunk))
+            part.release(chunk)
+        return contents
+
+    async def _encode(
+        self, volume: str, chunks: list[int], contents: list[Buffer], known: list[bytes | None]
+    ) -> _Batch:
+        return _Batch(volume, chunks, await self._shared.workers.encode(contents, known))
+
+    async def _pack(self, batch: _Batch) -> None:
+        for chunk, encoded in zip(batch.chunks, batch.encoded, strict=True):
+            if encoded is None:
+                self._shared.elided_chunks += 1
+            elif encoded.kind is Kind.ZERO:
+                self._zeros[batch.volume].append(chunk)
+            else:
+                await self._make_room(len(encoded.payload))
+                self._builder.add(batch.volume, chunk, encoded.kind, encoded.payload, encoded.digest)
+
+    async def _pack_zeros(self, part: VolumeCut) -> None:
+        written: Indices = np.array(sorted(self._zeros[part.name]), dtype=np.int64)
+        for first, limit in merged([*part.zeros, *runs_of(written)]):
+            if not self._shared.pending.is_zero(part.name, first, limit):
+                self._shared.manifest.volume(part.name).reserve(np.array([first, limit - 1]))
+                await self._make_room(0)
+                self._builder.add_run(part.name, first, limit)
+
+    async def _make_room(self, payload: int) -> None:
+        """Send the segment that is being packed if one more entry would make it too large."""
+        grown = self._builder.size + payload + ENTRY.itemsize
+        if grown > self._shared.settings.segment_size and self._builder.entry_count:
+            await self._send()
+
+    async def _send(self) -> None:
+        segment = self._builder.seal()
+        self._builder = self._new_builder()
+        sender = self._shared.sender
+        name = sender.name(self._owner)
+        await sender.enter(segment.size)
+
+        async def send() -> None:
+            await sender.send(name, segment.buffers, segment.size, self.check)
+            self._shared.pending.add(name, segment)
+
+        # A callback, because a task that is cancelled before its first step never gets to a finally.
+        self._tasks.create_task(send()).add_done_callback(lambda _: sender.leave(segment.size))
+
+    def _new_builder(self) -> SegmentBuilder:
+        return SegmentBuilder(self._shared.group, list(self._cut.volumes))
+
+
+def merged(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Disjoint runs in order, those that touch joined."""
+    joined: list[tuple[int, int]] = []
+    for first, limit in sorted(runs):
+        if joined and joined[-1][1] == first:
+            joined[-1] = (joined[-1][0], limit)
+        else:
+            joined.append((first, limit))
+    return joined
