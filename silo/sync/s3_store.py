@@ -13,8 +13,10 @@ the server already had all of it, a mutation may still land, as a whole.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import re
+import threading
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,13 +41,26 @@ __all__ = ["S3Store"]
 T = TypeVar("T")
 
 _CONNECT_TIMEOUT_S = 5
+_EXIT_PAUSE_S = 0.05
+"""Some hundred times what a thread that waits for the lock needs."""
 _LIST_PAGE = 1000
 _DELETE_BATCH = 1000
 """What one DeleteObjects request may name."""
 
 # obstore tells the answer's status and code only in its words, and some statuses apart only there.
 _STATUS = re.compile(r"status code: (\d{3})")
+_METADATA_SERVICE = re.compile(r"/latest/(?:api/token|meta-data)")
 _CODE = re.compile(r"<Code>([A-Za-z0-9_.]{1,64})</Code>")
+
+
+@atexit.register
+def _let_threads_leave() -> None:
+    """Give obstore's threads a moment, at exit, to come out of Python.
+
+    A thread that hands over a result wakes the event loop and then needs the global lock once more. When the program
+    is over by then, as after its last request, Python (before 3.14) ends that thread in a way that aborts the process.
+    """
+    threading.Event().wait(_EXIT_PAUSE_S)
 
 
 class S3Store(ObjectStore):
@@ -172,6 +187,11 @@ class _ConditionFalse(Exception):
 
 
 def _translated(error: BaseError, what: str) -> Exception:
+    if _METADATA_SERVICE.search(str(error)):
+        return UnavailableError(
+            f"no credentials could be had to {what}: none are set, and the instance's metadata service gives none",
+            hint="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role",
+        )
     status, code = _status_and_code(error)
     if (
         isinstance(error, AlreadyExistsError | PreconditionError)

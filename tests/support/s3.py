@@ -7,6 +7,7 @@ would be anywhere.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -25,6 +26,7 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 REGION = "us-east-1"
 _UNSIGNED_CALLS = 3  # create_user, create_access_key, put_user_policy
+_numbers = itertools.count()
 _RUNNING = re.compile(r"Running on (http://\S+:\d+)")
 
 
@@ -61,6 +63,17 @@ class S3Server:
             aws_access_key_id=self.access_key_id,
             aws_secret_access_key=self.secret_access_key,
         )
+
+    def temporary_credentials(self) -> tuple[str, str, str]:
+        """Key, secret and session token of a role that may do everything."""
+        role = f"role-{next(_numbers)}"
+        iam = self.boto_client("iam")
+        trust = _policy(Principal={"AWS": "*"})
+        arn = iam.create_role(RoleName=role, AssumeRolePolicyDocument=trust)["Role"]["Arn"]
+        iam.put_role_policy(RoleName=role, PolicyName="all", PolicyDocument=_policy(Resource="*"))
+        answer = self.boto_client("sts").assume_role(RoleArn=arn, RoleSessionName="tests")
+        found = answer["Credentials"]
+        return found["AccessKeyId"], found["SecretAccessKey"], found["SessionToken"]
 
     def make_bucket(self, name: str) -> str:
         """Create a bucket and return its name."""
@@ -106,6 +119,11 @@ class _Process:
             self.process.stdout.close()
 
 
+def _policy(**whom: object) -> str:
+    statement = {"Effect": "Allow", "Action": "*"} | whom
+    return json.dumps({"Version": "2012-10-17", "Statement": [statement]})
+
+
 @contextmanager
 def moto_server() -> Iterator[S3Server]:
     """moto on a free port of the loopback, with one user who may do everything and nobody else."""
@@ -121,8 +139,7 @@ def moto_server() -> Iterator[S3Server]:
         iam = S3Server(endpoint, "nobody", "nothing").boto_client("iam")
         iam.create_user(UserName="silo")
         key = iam.create_access_key(UserName="silo")["AccessKey"]
-        policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "*", "Resource": "*"}]}
-        iam.put_user_policy(UserName="silo", PolicyName="all", PolicyDocument=json.dumps(policy))
+        iam.put_user_policy(UserName="silo", PolicyName="all", PolicyDocument=_policy(Resource="*"))
         yield S3Server(endpoint, key["AccessKeyId"], key["SecretAccessKey"])
     finally:
         process.stop()
