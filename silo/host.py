@@ -1,0 +1,198 @@
+"""The host: the one place where the rooms are wired together.
+
+A host has a state directory, a clock, and any number of groups. It opens groups (`open_group`), exports them
+(`export`), moves them away (`HostedGroup.migrate`) and takes in those that other hosts bring (`offers`)::
+
+    async with silo.Host("/var/lib/silo") as host:
+        group = await host.open_group("vm1", {"disk": silo.FileDevice("disk.img")}, store="s3://bucket/prefix")
+        nbd = await host.export(group, "unix:/run/silo/vm1.sock")
+        ...
+
+Leaving the block stores what was acknowledged and is not stored yet, or raises `UnavailableError` with the number
+of bytes that are only on the local disk. Everything belongs to the event loop on which the host was entered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from silo.abc import BlockDevice, Clock, ObjectStore, Workload
+from silo.clock import SystemClock
+from silo.errors import ClosedError, InvalidRequestError, SiloError
+from silo.exporting import Exporter, GroupExport
+from silo.group import CopyLimits, Group
+from silo.hooks.runner import WorkloadRunner
+from silo.hosted import HostedGroup
+from silo.opening import VolumeSpec, claim_group, open_volumes
+from silo.statedir import GroupState, StateDir
+from silo.storelink import StoreLink
+from silo.sync.settings import FetchSettings, SyncSettings
+from silo.sync.store_url import open_store
+
+__all__ = ["Host"]
+
+HEAT_INTERVAL_S = 1.0
+
+
+class Host:
+    """See the module. Use as an async context manager; one per state directory and process."""
+
+    def __init__(self, state: str | os.PathLike[str], *, clock: Clock | None = None) -> None:
+        self.clock = clock or SystemClock()
+        self.groups: dict[str, HostedGroup] = {}
+        self._path = Path(state)
+        self._state: StateDir | None = None
+        self._tasks = asyncio.TaskGroup()
+        self._exporter: Exporter | None = None
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._state = StateDir(self._path)
+        await self._tasks.__aenter__()
+        self._exporter = Exporter(self._tasks)
+        self._ticker = self._tasks.create_task(self._tick())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        errors: list[SiloError] = []
+        drain = kind is None or not issubclass(kind, asyncio.CancelledError)
+        try:
+            for group in list(self.groups.values()):
+                try:
+                    await self.close_group(group, drain=drain)
+                except SiloError as failure:
+                    errors.append(failure)
+        finally:
+            if self._exporter is not None:
+                await self._exporter.aclose()
+            if self._ticker is not None:
+                self._ticker.cancel()
+            await self._tasks.__aexit__(kind, error, trace)
+            if self._state is not None:
+                await self._state.aclose()
+                self._state = None
+        if errors and kind is None:
+            raise errors[0]
+
+    async def _tick(self) -> None:
+        """Move all heat maps along, until cancelled."""
+        while True:
+            await asyncio.sleep(HEAT_INTERVAL_S)
+            for hosted in self.groups.values():
+                hosted.group.advance_heat()
+
+    async def open_group(
+        self,
+        name: str,
+        devices: Mapping[str, BlockDevice | VolumeSpec],
+        *,
+        store: str | ObjectStore | None = None,
+        sync: SyncSettings | None = None,
+        fetch: FetchSettings | None = None,
+        workload: Workload | None = None,
+        copies: CopyLimits | None = None,
+        host_is_dead: bool = False,
+    ) -> HostedGroup:
+        """Become the owner of a group and serve it from these devices, which are the host's from now on.
+
+        A group that the store has and this host does not know is restored lazily: it can be used at once, and its
+        chunks come from the store when they are read, and in the background. ``host_is_dead`` takes a group whose
+        last owner did not let go; the caller asserts that no other host serves it any more.
+
+        `FencedError` when another host owns it, `InvalidRequestError` when it must not be opened like this,
+        `UnavailableError` when the store does not answer. Then, and after a cancellation, the devices are closed
+        and nothing is left but perhaps a claim, which this host can repeat.
+        """
+        specs = {
+            volume: device if isinstance(device, VolumeSpec) else VolumeSpec(device)
+            for volume, device in devices.items()
+        }
+        try:
+            if not specs:
+                raise InvalidRequestError(f"group {name} needs at least one volume")
+            hosted = await self._open(name, specs, store, sync, fetch, workload, copies, host_is_dead)
+        except BaseException:
+            for spec in specs.values():
+                await spec.device.aclose()
+            raise
+        self.groups[name] = hosted
+        return hosted
+
+    async def _open(
+        self,
+        name: str,
+        specs: Mapping[str, VolumeSpec],
+        store: str | ObjectStore | None,
+        sync: SyncSettings | None,
+        fetch: FetchSettings | None,
+        workload: Workload | None,
+        copies: CopyLimits | None,
+        host_is_dead: bool,
+    ) -> HostedGroup:
+        state = await self._open_state(name)
+        link: StoreLink | None = None
+        try:
+            link = await self._open_link(name, store, sync, fetch)
+            head = await claim_group(state, link, specs, force=host_is_dead)
+            group = Group(name, self.clock, copies=copies)
+            await open_volumes(group, state, link, head, specs)
+            hosted = self._hosted(group, state, link, workload)
+            await hosted.start()
+        except BaseException:
+            if link is not None:
+                await link.close(drain=False)
+            await state.aclose()
+            raise
+        return hosted
+
+    def _hosted(
+        self, group: Group, state: GroupState, link: StoreLink | None, workload: Workload | None
+    ) -> HostedGroup:
+        exporter = self._running_exporter()
+        runner = WorkloadRunner(
+            workload, self.clock, group=group.name, devices=lambda: exporter.first_uris(group.name)
+        )
+        return HostedGroup(group, state, link, runner, exporter, self.clock, self._tasks)
+
+    async def _open_state(self, name: str) -> GroupState:
+        if self._state is None:
+            raise ClosedError("the host is not running", hint="use `async with silo.Host(...) as host`")
+        if name in self.groups:
+            raise InvalidRequestError(f"group {name} is open already")
+        return await self._state.open_group(name)
+
+    async def _open_link(
+        self,
+        name: str,
+        store: str | ObjectStore | None,
+        sync: SyncSettings | None,
+        fetch: FetchSettings | None,
+    ) -> StoreLink | None:
+        if store is None:
+            return None
+        opened = open_store(store, self.clock) if isinstance(store, str) else store
+        owns = isinstance(store, str)
+        return await StoreLink.open(name, opened, self.clock, owns_store=owns, sync=sync, fetch=fetch)
+
+    def _running_exporter(self) -> Exporter:
+        if self._exporter is None:
+            raise ClosedError("the host is not running", hint="use `async with silo.Host(...) as host`")
+        return self._exporter
+
+    async def export(self, group: HostedGroup, url: str) -> GroupExport:
+        """Serve a group over NBD at ``unix:/path`` or ``tcp:host:port``, until the group or the host is closed."""
+        return self._running_exporter().add(group.group, url)
+
+    async def close_group(self, group: HostedGroup, *, drain: bool = True) -> None:
+        """Stop serving a group, as `HostedGroup.close`."""
+        try:
+            await group.close(drain=drain)
+        finally:
+            self.groups.pop(group.name, None)

@@ -1,0 +1,214 @@
+"""A group as a host has it open: its volumes, its link to the store, its exports and its workload.
+
+Made by `silo.host.Host`: `open_group`, or the acceptance of one that arrives. What it offers to callers is what
+can be asked of one group; the parts behind it know nothing of one another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Coroutine
+from typing import Any
+
+import numpy as np
+
+from silo.abc import Clock
+from silo.chunkmap import RESIDENCY_MASK, SYNC_DIRTY, SYNC_IN_CUT, Residency
+from silo.errors import ClosedError, InvalidRequestError, SiloError
+from silo.exporting import Exporter
+from silo.group import Group
+from silo.hooks.runner import WorkloadRunner
+from silo.hydrator import Hydrator
+from silo.statedir import GroupState
+from silo.storelink import StoreLink
+from silo.volume import Volume
+
+__all__ = ["HostedGroup"]
+
+ABSENT = (Residency.ABSENT_STORE, Residency.ABSENT_PEER)
+
+
+class HostedGroup:
+    """See the module. All calls may be made concurrently, from tasks of the host's event loop."""
+
+    def __init__(
+        self,
+        group: Group,
+        state: GroupState,
+        link: StoreLink | None,
+        runner: WorkloadRunner,
+        exporter: Exporter,
+        clock: Clock,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self.group = group
+        self.state = state
+        self.link = link
+        self.runner = runner
+        self.phase = "opening"
+        """What the group is doing here, in a word, for people."""
+        self.hydrator = Hydrator(group, clock)
+        self._exporter = exporter
+        self._clock = clock
+        self._tasks = tasks
+        self._background: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @property
+    def name(self) -> str:
+        """The group's name."""
+        return self.group.name
+
+    @property
+    def volumes(self) -> dict[str, Volume]:
+        """The volumes by name."""
+        return self.group.volumes
+
+    @property
+    def is_hydrated(self) -> bool:
+        """Nothing is absent any more: neither store nor peer is needed to serve reads."""
+        return not self.group.absent_counts(ABSENT)
+
+    async def start(self) -> None:
+        """Begin to sync and to hydrate. The group was claimed."""
+        if self.link is not None:
+            await self.link.start(self.group, self._tasks)
+        self._spawn(self.hydrator.run())
+        self.phase = "running"
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._tasks.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # ---- the store ----------------------------------------------------------------------------------------
+
+    async def sync_now(self) -> int:
+        """Store everything that is dirty, and return the generation that holds it. Brings no deadline of its own.
+
+        `InvalidRequestError` without a store, `FencedError` when another host owns the group.
+        """
+        if self.link is None or self.link.syncer is None:
+            raise InvalidRequestError(f"group {self.name} has no store", hint="open it with a store")
+        return await self.link.syncer.sync_now()
+
+    async def wait_stored(self) -> int:
+        """Return when everything acknowledged before this call is stored, without hurrying. As `sync_now`."""
+        if self.link is None or self.link.syncer is None:
+            raise InvalidRequestError(f"group {self.name} has no store", hint="open it with a store")
+        return await self.link.syncer.wait_stored()
+
+    async def wait_hydrated(self) -> None:
+        """Return when nothing is absent any more. No deadline: it takes what store and peer need."""
+        await self.hydrator.wait_done()
+
+    # ---- seeing -------------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """Everything that can be seen of the group, as plain values; sizes in bytes. Reads every map once."""
+        sync = self.link.status if self.link is not None else None
+        return {
+            "name": self.name,
+            "state": self.phase,
+            "epoch": sync.epoch if sync else None,
+            "hydrated": self.is_hydrated,
+            "hydration_error": self.hydrator.error,
+            "exposed_bytes": self.group.exposed_bytes,
+            "bytes_store": self.link.fetched_bytes if self.link else 0,
+            "volumes": [self._volume_status(volume) for volume in self.volumes.values()],
+            "sync": sync
+            and {
+                "phase": sync.phase.value,
+                "generation": sync.generation,
+                "cut_time": sync.cut_time,
+                "rpo_s": sync.rpo_s if sync.generation else None,
+                "holds": list(sync.holds),
+                "last_error": sync.error,
+                "attempts": sync.attempts,
+                "cuts": sync.cuts,
+                "abandoned_cuts": sync.abandoned_cuts,
+                "sent_bytes": sync.sent_bytes,
+                "sent_objects": sync.sent_objects,
+            },
+        }
+
+    def _volume_status(self, volume: Volume) -> dict[str, Any]:
+        counts = volume.chunks.count_residency()
+        chunk_size = volume.geometry.chunk_size
+        return {
+            "name": volume.name,
+            "size": volume.geometry.size,
+            "chunk_size": chunk_size,
+            "read_only": volume.read_only,
+            "present": counts[Residency.PRESENT] * chunk_size,
+            "zero": (counts[Residency.ZERO] + counts[Residency.ZERO_UNPUNCHED]) * chunk_size,
+            "absent_store": counts[Residency.ABSENT_STORE] * chunk_size,
+            "absent_peer": counts[Residency.ABSENT_PEER] * chunk_size,
+            "dirty": volume.chunks.count_dirty(SYNC_DIRTY | SYNC_IN_CUT) * chunk_size,
+            "uris": self._exporter.uris(self.name, volume.name),
+        }
+
+    def heat(self, cells: int) -> list[dict[str, Any]]:
+        """The heat of each volume in at most ``cells`` runs of chunks, relative to the hottest of them."""
+        return [_heat_of(volume, cells) for volume in self.volumes.values()]
+
+    # ---- the end ------------------------------------------------------------------------------------------
+
+    async def close(self, *, drain: bool = True) -> None:
+        """Stop serving; store what is not stored (unless told not to); make the rest durable here.
+
+        `UnavailableError` with the number of exposed bytes when the store could not be brought up to date;
+        everything is closed all the same, and the local disk has it. Twice is harmless.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self.phase = "closing"
+        errors: list[SiloError] = []
+        for task in list(self._background):
+            task.cancel()
+        if self._background:
+            await asyncio.wait(self._background)
+        await self._exporter.remove(self.name)
+        await self.group.gate.close_and_drain()
+        fenced = self.group.gate.error is not None
+        if self.link is not None:
+            await _collect(errors, self.link.close(drain=drain and not fenced))
+        if not fenced:
+            await _collect(errors, self.group.checkpoint())
+        self.group.gate.fail(ClosedError(f"group {self.name} was closed"))
+        await _collect(errors, self.group.aclose())
+        await _collect(errors, self.state.aclose())
+        self.phase = "closed"
+        if errors:
+            raise errors[0]
+
+
+async def _collect(errors: list[SiloError], step: Awaitable[None]) -> None:
+    """One step of closing: an error is remembered, and the next step is taken all the same."""
+    try:
+        await step
+    except SiloError as error:
+        errors.append(error)
+
+
+def _heat_of(volume: Volume, cells: int) -> dict[str, Any]:
+    count = volume.chunks.count
+    per_cell = -(-count // max(1, cells))
+    starts = np.arange(0, count, per_cell)
+    reads = np.add.reduceat(volume.heat.read_heat(), starts)
+    writes = np.add.reduceat(volume.heat.write_heat(), starts)
+    commonest = [
+        Residency(
+            int(np.bincount(volume.chunks.view[start : start + per_cell] & RESIDENCY_MASK).argmax())
+        ).name
+        for start in starts.tolist()
+    ]
+    return {
+        "name": volume.name,
+        "chunk_size": volume.geometry.chunk_size,
+        "chunks_per_cell": per_cell,
+        "reads": (reads / max(float(reads.max()), 1e-9)).round(4).tolist(),
+        "writes": (writes / max(float(writes.max()), 1e-9)).round(4).tolist(),
+        "residency": commonest,
+    }

@@ -1,0 +1,100 @@
+"""Hydration in the background: pulling what is absent, the hottest first, while guests go first.
+
+Runs beside the guest after a lazy restore or a migration, until nothing is absent in the store any more. It asks
+for a good number of chunks at once, so that the store's source can fetch neighbours in one request; demand reads
+have lanes of their own there. A store that does not answer is asked again with growing delay; a chunk whose
+content is damaged is left for later, and said.
+
+Chunks that only a migration's source has are not its business: the migration pulls those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import numpy as np
+
+from silo.abc import Clock
+from silo.chunkmap import RESIDENCY_MASK, Residency
+from silo.errors import CorruptionError, SiloError, UnavailableError
+from silo.group import Group
+from silo.volume import Volume
+
+__all__ = ["Hydrator"]
+
+CONCURRENCY = 64
+"""Chunks asked for at once: 4 MiB in chunks of the default size, one large request's worth."""
+SCAN = 1 << 16
+"""Chunks whose heat is looked at in one step."""
+DELAY_MIN_S = 0.2
+DELAY_MAX_S = 10.0
+
+
+class Hydrator:
+    """See the module. ``error`` says why it makes no progress just now; empty when it does."""
+
+    def __init__(self, group: Group, clock: Clock) -> None:
+        self.error = ""
+        self._group = group
+        self._clock = clock
+        self._delay_s = DELAY_MIN_S
+        self._done = asyncio.Event()
+
+    async def wait_done(self) -> None:
+        """Return when everything is here. No deadline: it takes as long as the store needs."""
+        await self._done.wait()
+
+    async def run(self) -> None:
+        """Hydrate until nothing is absent in the store. Cancellation leaves chunks absent or filled, no third way."""
+        while True:
+            failed = 0
+            for volume, chunks in self._batches():
+                failed += await self._hydrate(volume, chunks)
+            if not failed and not self._group.absent_counts((Residency.ABSENT_STORE,)):
+                break
+            if failed:
+                await self._pause()
+        self.error = ""
+        self._done.set()
+
+    def _batches(self) -> Iterator[tuple[Volume, list[int]]]:
+        """Batches of absent chunks, volume by volume and window by window, the hottest-read first in each."""
+        for volume in list(self._group.volumes.values()):
+            for low in range(0, volume.chunks.count, SCAN):
+                limit = min(low + SCAN, volume.chunks.count)
+                absent = volume.chunks.select(RESIDENCY_MASK, Residency.ABSENT_STORE, low, limit)
+                if not len(absent):
+                    continue
+                heat = volume.heat.read_heat(low, limit)[absent - low]
+                # Chunks of like heat stay in the order of the disk, so that requests can be joined.
+                ordered = absent[np.argsort(-np.floor(np.log2(heat + 1)), kind="stable")]
+                for start in range(0, len(ordered), CONCURRENCY):
+                    yield volume, ordered[start : start + CONCURRENCY].tolist()
+
+    async def _hydrate(self, volume: Volume, chunks: list[int]) -> int:
+        """How many could not be had."""
+        failures: list[SiloError] = []
+
+        async def one(chunk: int) -> None:
+            try:
+                await volume.hydrate(chunk)
+            except (UnavailableError, CorruptionError) as error:
+                failures.append(error)
+
+        async with asyncio.TaskGroup() as tasks:
+            for chunk in chunks:
+                tasks.create_task(one(chunk))
+        if failures:
+            self.error = str(failures[0])
+            if any(isinstance(error, UnavailableError) for error in failures):
+                await self._pause()
+        else:
+            self.error = ""
+            self._delay_s = DELAY_MIN_S
+        return len(failures)
+
+    async def _pause(self) -> None:
+        chance = int.from_bytes(self._clock.token(2), "big") / 65536
+        await asyncio.sleep(self._delay_s * (0.5 + chance / 2))
+        self._delay_s = min(2 * self._delay_s, DELAY_MAX_S)

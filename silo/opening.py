@@ -1,0 +1,173 @@
+"""How a group is opened on this host: whose is it, what of it is here, and what must come from the store.
+
+The questions are asked in this order, because each may end it without harm:
+
+1. Is the state directory free? (its lock)
+2. May we own the group? (the register, compared with what the state directory remembers)
+3. For each volume: is there a map of it here? Then that is what is on the device. Else, does the store have it?
+   Then everything is absent and comes from there. Else the volume is new, and the device's own content is it.
+
+What a claim is about to make ours is written down *before* it can take effect, so that a host that dies right
+after the claim still recognises itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+
+from silo.abc import BlockDevice
+from silo.chunkmap import ChunkMap, Residency
+from silo.errors import InvalidRequestError, InvariantError
+from silo.geometry import BLOCK_SIZE_DEFAULT, CHUNK_SIZE_DEFAULT, Geometry
+from silo.group import Group
+from silo.records import Identity, VolumeGeometry
+from silo.statedir import GroupState
+from silo.storelink import StoreLink, without_secrets
+from silo.sync.claim import Owner
+from silo.sync.head import Head, VolumeInfo
+from silo.volumestate import states_of_extents
+
+__all__ = ["VolumeSpec", "claim_group", "open_volumes", "remember", "remember_volumes"]
+
+NO_INCARNATION = "0" * 16
+"""Of a group without a store, where nothing is named after it."""
+
+
+@attrs.frozen
+class VolumeSpec:
+    """A device, and how it is divided. ``chunk_size`` ``None``: as before, or 64 KiB for a new volume."""
+
+    device: BlockDevice
+    chunk_size: int | None = None
+    read_only: bool = False
+    overwrite: bool = False
+    """The device may hold something else, which gives way to what the store or a peer has."""
+
+
+async def claim_group(
+    state: GroupState, link: StoreLink | None, specs: Mapping[str, VolumeSpec], *, force: bool
+) -> Head | None:
+    """Become the owner, here and in the store. Returns the head, ``None`` without a store.
+
+    `FencedError` when another host owns the group, `InvalidRequestError` when it must not be opened here.
+    """
+    identity = await state.read_identity()
+    place = without_secrets(link.store.url) if link is not None else ""
+    if identity is not None and identity.register not in ("", place):
+        raise InvalidRequestError(
+            f"group {state.name} is kept in {identity.register}",
+            hint="open it with that store; a new state directory and an empty disk start afresh with another one",
+        )
+    if link is None:
+        await remember(state, Owner(identity.epoch + 1 if identity else 1, NO_INCARNATION), "")
+        return None
+    owners = []
+    if identity is not None and identity.register:
+        owners = [Owner(identity.epoch, identity.incarnation)]
+    elif identity is not None:
+        await _refuse_stored(state.name, link)
+    infos = [
+        VolumeInfo(name, spec.device.size, _chunk_size(spec, identity, name), BLOCK_SIZE_DEFAULT)
+        for name, spec in specs.items()
+    ]
+
+    async def prepare(owner: Owner, _nonce: str) -> None:
+        # The epoch that is about to be claimed: whether the claim took effect or not, it is ours or nobody's.
+        await remember(state, owner, place)
+
+    return await link.claim_opening(owners, infos, prepare, force=force)
+
+
+def _chunk_size(spec: VolumeSpec, identity: Identity | None, name: str) -> int:
+    known = {volume.name: volume.chunk_size for volume in identity.volumes} if identity else {}
+    return spec.chunk_size or known.get(name, CHUNK_SIZE_DEFAULT)
+
+
+async def _refuse_stored(name: str, link: StoreLink) -> None:
+    """A group that was served without a store cannot be taken for one of the same name that is in the store."""
+    head = await link.register.read()
+    if head is not None and head.generation:
+        raise InvalidRequestError(
+            f"the store has a group {name} already, which is not the one on this disk",
+            hint="give the group another name, or another prefix in the store",
+        )
+
+
+async def remember(
+    state: GroupState, owner: Owner, register: str, volumes: tuple[VolumeGeometry, ...] | None = None
+) -> None:
+    """Write down who we are (about to be). Without ``volumes`` the known ones stay."""
+    old = await state.read_identity()
+    await state.write_identity(
+        Identity(
+            group=state.name,
+            epoch=owner.epoch,
+            incarnation=owner.incarnation,
+            register=register,
+            volumes=volumes if volumes is not None else (old.volumes if old else ()),
+        )
+    )
+
+
+async def open_volumes(
+    group: Group,
+    state: GroupState,
+    link: StoreLink | None,
+    head: Head | None,
+    specs: Mapping[str, VolumeSpec],
+) -> None:
+    """Put the volumes on their devices, each with the map that tells the truth about it."""
+    identity = await state.read_identity()
+    here = set(await state.volume_names())
+    if link is not None and head is not None and head.generation and not here.issuperset(specs):
+        await link.look()
+    for name, spec in specs.items():
+        stored = head.volume(name) if head is not None and head.generation else None
+        geometry = _geometry(f"{group.name}/{name}", spec, stored, _chunk_size(spec, identity, name))
+        if name in here:
+            fresh = bytearray(geometry.chunk_count)  # not used: there is a map
+        elif stored is not None and link is not None:
+            fresh = await _absent(link, name, spec, geometry)
+        else:
+            fresh = states_of_extents(geometry, await spec.device.data_extents())
+        opened = await state.open_volume(name, geometry, fresh)
+        chunks = ChunkMap(opened.buffer, geometry.chunk_count)
+        group.add(name, spec.device, geometry, chunks=chunks, keeper=opened, read_only=spec.read_only)
+    if link is not None:
+        link.attach(group)
+    await remember_volumes(group, state)
+
+
+def _geometry(name: str, spec: VolumeSpec, stored: VolumeInfo | None, chunk_size: int) -> Geometry:
+    if stored is None:
+        return Geometry(spec.device.size, chunk_size)
+    if spec.chunk_size not in (None, stored.chunk_size):
+        raise InvalidRequestError(f"{name} has chunks of {stored.chunk_size} bytes, not {spec.chunk_size}")
+    return stored.geometry
+
+
+async def _absent(link: StoreLink, name: str, spec: VolumeSpec, geometry: Geometry) -> bytearray:
+    """The states of a volume that is in the store and not here."""
+    has_content = bool(await spec.device.data_extents())
+    if has_content and not spec.overwrite:
+        raise InvalidRequestError(
+            f"the device for {name} has content, but nothing here says that it is that of the stored volume",
+            hint="name a new file, or say overwrite=true to replace what the device holds",
+        )
+    chunks = ChunkMap.filled(geometry.chunk_count, Residency.ABSENT_STORE)
+    link.mark_absent(name, chunks, device_is_zero=not has_content)
+    return bytearray(chunks.states)
+
+
+async def remember_volumes(group: Group, state: GroupState) -> None:
+    """Write down the volumes of the group and their geometry."""
+    identity = await state.read_identity()
+    if identity is None:
+        raise InvariantError(f"group {group.name} was opened before its owner was written down")
+    volumes = tuple(
+        VolumeGeometry(name, shape.size, shape.chunk_size, shape.block_size)
+        for name, shape in ((volume.name, volume.geometry) for volume in group.volumes.values())
+    )
+    await remember(state, Owner(identity.epoch, identity.incarnation), identity.register, volumes)

@@ -1,0 +1,246 @@
+"""One group's link to its store: who owns it, what is stored, and where absent chunks come from.
+
+Puts the rooms of ``sync`` together for the host: the register claims, the syncer commits, the reader and the
+source bring chunks back. The order of a life::
+
+    open ──► claim_opening | claim (a handover) ──► start: the syncer runs, the source follows it ──► close
+
+Before a claim, on the target of a migration, the source reads the generation that the head shows; from `start` on
+it resolves every chunk through the syncer's own, current map (safety rule 17).
+
+It is also what a migration sees of all this: `silo.p2p.ports.Ownership`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Self
+
+from silo.abc import Clock, ObjectStore
+from silo.chunkmap import ChunkMap, Residency
+from silo.errors import FencedError, InvariantError
+from silo.group import Group
+from silo.p2p.terms import Standing, Terms, Verdict
+from silo.sync.claim import Expectation, Owner
+from silo.sync.head import Head, VolumeInfo
+from silo.sync.manifest import Manifest
+from silo.sync.probe import probe_store
+from silo.sync.reader import StoreReader
+from silo.sync.register import Prepare, Register
+from silo.sync.restore import mark_absent
+from silo.sync.settings import FetchSettings, SyncSettings
+from silo.sync.status import SyncStatus
+from silo.sync.store_source import StoreSource
+from silo.sync.syncer import Syncer
+
+__all__ = ["StoreLink"]
+
+MIGRATION_HOLD = "migration"
+
+
+class StoreLink:
+    """See the module. Made by `open`; belongs to the group's event loop."""
+
+    def __init__(
+        self,
+        name: str,
+        store: ObjectStore,
+        clock: Clock,
+        *,
+        owns_store: bool,
+        sync: SyncSettings | None,
+        fetch: FetchSettings | None,
+        directory: str | None,
+    ) -> None:
+        self.store = store
+        self.reader = StoreReader(store, clock, fetch)
+        self.register = Register(store, name, clock)
+        self.syncer: Syncer | None = None
+        self._group: Group | None = None
+        self._clock = clock
+        self._owns_store = owns_store
+        self._sync = sync
+        self._fetch = fetch
+        self._directory = directory
+        self._source: StoreSource | None = None
+        self._early: Manifest | None = None
+        self._held = False
+        self._run: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(
+        cls,
+        name: str,
+        store: ObjectStore,
+        clock: Clock,
+        *,
+        owns_store: bool,
+        sync: SyncSettings | None = None,
+        fetch: FetchSettings | None = None,
+        directory: str | None = None,
+    ) -> Self:
+        """Look whether the store is fit to be written to. `InvalidRequestError` when it is not.
+
+        ``owns_store``: `close` closes it, and so does this when it raises. ``directory`` takes temporary files.
+        """
+        link = cls(name, store, clock, owns_store=owns_store, sync=sync, fetch=fetch, directory=directory)
+        try:
+            await probe_store(store, clock, prefix=f"{name}/")
+        except BaseException:
+            await link.close(drain=False)
+            raise
+        return link
+
+    # ---- opening ------------------------------------------------------------------------------------------
+
+    async def claim_opening(
+        self, owners: Iterable[Owner], volumes: Sequence[VolumeInfo], prepare: Prepare, *, force: bool
+    ) -> Head:
+        """Become the owner of a group that this host has served before, that is new, or that was released."""
+        known = tuple(owners)
+        floor = max((owner.epoch for owner in known), default=0)
+        expectation = Expectation.force(floor) if force else Expectation.opening(*known)
+        return await self.register.claim(expectation, volumes=volumes, prepare=prepare)
+
+    async def look(self) -> Head | None:
+        """The head as it is now, without claiming; its generation becomes readable through `attach`."""
+        head = await self.register.read()
+        if head is not None and head.generation:
+            await self._forget_early()
+            self._early = await Manifest.open(head, self.reader, directory=self._directory)
+        return head
+
+    def mark_absent(self, name: str, chunks: ChunkMap, *, device_is_zero: bool) -> None:
+        """Set the residency of every chunk from the generation that `look` found."""
+        if self._early is None:
+            raise InvariantError("a generation was used before it was looked at")
+        mark_absent(self._early, name, chunks, device_is_zero=device_is_zero)
+
+    def attach(self, group: Group) -> None:
+        """Let absent chunks of the group come from the store, from the generation that `look` found."""
+        if self._early is not None:
+            self._attach(group, self._early)
+
+    def _attach(self, group: Group, manifest: Manifest) -> None:
+        if self._source is None:
+            self._source = StoreSource(manifest, self.reader)
+        self._source.manifest = manifest
+        for volume in group.volumes.values():
+            volume.set_source(Residency.ABSENT_STORE, self._source)
+
+    async def start(self, group: Group, tasks: asyncio.TaskGroup) -> None:
+        """After a claim: keep the store up to date, until `close`. Commits start held while a migration holds."""
+        if self.syncer is not None:
+            return
+        self._group = group
+        syncer = await Syncer.open(
+            group,
+            self.register,
+            self.store,
+            self._clock,
+            self._sync,
+            fetch=self._fetch,
+            directory=self._directory,
+        )
+        if self._held:
+            syncer.hold(MIGRATION_HOLD)
+        self.syncer = syncer
+        self._attach(group, syncer.manifest)
+        await self._forget_early()
+        self._run = tasks.create_task(syncer.run())
+
+    async def _forget_early(self) -> None:
+        early, self._early = self._early, None
+        if early is not None:
+            early.close()
+
+    async def close(self, *, drain: bool = True, release: bool = True) -> None:
+        """Store what is dirty and let go, as `Syncer.close`; then give everything back. Twice is harmless."""
+        try:
+            if self.syncer is not None:
+                await self.syncer.close(drain=drain, release=release)
+                if self._run is not None:
+                    await asyncio.wait((self._run,))
+        finally:
+            self.syncer = None
+            await self._forget_early()
+            if self._source is not None:
+                await self._source.aclose()
+                self._source = None
+            if self._owns_store:
+                await self.store.aclose()
+
+    # ---- seeing -------------------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> SyncStatus | None:
+        """As `Syncer.status`; ``None`` while nothing is synced."""
+        return self.syncer.status if self.syncer is not None else None
+
+    @property
+    def fetched_bytes(self) -> int:
+        """Bytes that came from the store."""
+        return self._source.fetched_bytes if self._source is not None else 0
+
+    # ---- what a migration asks (silo.p2p.ports.Ownership) -------------------------------------------------
+
+    def standing(self) -> Standing:
+        """Who we are, and which generations the head may show."""
+        head = self.register.head
+        if head is None:
+            raise InvariantError("a group that was never claimed was about to be offered")
+        outstanding = self.register.outstanding
+        generations = (head.generation, outstanding.generation) if outstanding else (head.generation,)
+        return Standing(head.epoch, head.incarnation, generations)
+
+    async def hold_commits(self) -> None:
+        """No commit is begun any more."""
+        if not self._held:
+            self._held = True
+            if self.syncer is not None:
+                self.syncer.hold(MIGRATION_HOLD)
+
+    async def release_commits(self) -> None:
+        """Commits may be made again."""
+        if self._held:
+            self._held = False
+            if self.syncer is not None:
+                self.syncer.release_hold(MIGRATION_HOLD)
+
+    async def write_proof(self) -> str:
+        """A token that only a host with the same store can find."""
+        return await self.register.write_proof()
+
+    async def check_proof(self, token: str) -> None:
+        """Raise `InvalidRequestError` unless the token is in our store."""
+        await self.register.check_proof(token)
+
+    async def erase_proof(self, token: str) -> None:
+        """The token has served."""
+        await self.register.erase_proof(token)
+
+    async def claim(self, terms: Terms) -> int:
+        """Target: take the group over under ``terms.nonce``. Returns the new epoch."""
+        source = Owner(terms.epoch, terms.incarnation)
+        expectation = Expectation.handover(source, terms.generations, terms.nonce)
+        head = await self.register.claim(expectation, nonce=terms.nonce)
+        return head.epoch
+
+    async def reclaim(self, terms: Terms, nonce: str) -> Verdict:
+        """Source: have the group back, unless somebody has claimed it."""
+        own = Owner(terms.epoch, terms.incarnation)
+        owners = {own} | ({self.register.owner} if self.register.owner else set())
+        expectation = Expectation.opening(*owners, nonces=(nonce,))
+        try:
+            await self.register.claim(expectation, nonce=nonce)
+        except FencedError:
+            head = await self.register.read()
+            claimed = head is not None and head.claim is not None and head.claim.nonce == terms.nonce
+            return Verdict.LOST if claimed else Verdict.FENCED
+        return Verdict.WON
+
+
+def without_secrets(url: str) -> str:
+    """A store's URL as it may be written down: the place, and nothing that could carry a secret."""
+    return url.partition("?")[0]
