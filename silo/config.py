@@ -38,7 +38,6 @@ from typing import Any
 import msgspec
 
 from silo.errors import InvalidRequestError
-from silo.geometry import CHUNK_SIZE_DEFAULT
 from silo.names import check_group_name, check_volume_name
 from silo.settings import parse_duration, parse_rate, parse_size
 
@@ -60,8 +59,11 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     path: str
     size: str | int | None = None
-    chunk_size: str | int = CHUNK_SIZE_DEFAULT
+    chunk_size: str | int | None = None
+    """``None``: as before, 64 KiB for a new volume."""
     read_only: bool = False
+    overwrite: bool = False
+    """The device may hold something else, which gives way to what the store has."""
 
     @property
     def size_bytes(self) -> int | None:
@@ -69,9 +71,9 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return None if self.size is None else parse_size(self.size)
 
     @property
-    def chunk_bytes(self) -> int:
-        """The chunk size in bytes."""
-        return parse_size(self.chunk_size)
+    def chunk_bytes(self) -> int | None:
+        """The chunk size in bytes, if it was given."""
+        return None if self.chunk_size is None else parse_size(self.chunk_size)
 
 
 class WorkloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -203,7 +205,7 @@ def _check_group(name: str, group: GroupConfig) -> None:
         if not settings.path:
             raise InvalidRequestError(f"volume {volume} needs a path")
         chunk = settings.chunk_bytes
-        if chunk & (chunk - 1) or not 4096 <= chunk <= 4 << 20:
+        if chunk is not None and (chunk & (chunk - 1) or not 4096 <= chunk <= 4 << 20):
             raise InvalidRequestError(
                 f"volume {volume}: chunk size {settings.chunk_size} is not usable",
                 hint="take a power of two from 4K to 4M",
@@ -240,7 +242,7 @@ def parse_volume_flag(text: str) -> tuple[str, VolumeConfig]:
         return name, msgspec.convert(values, VolumeConfig)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(
-            f"--volume {text!r}: {error}", hint="size, chunk_size, read_only"
+            f"--volume {text!r}: {error}", hint="size, chunk_size, read_only, overwrite"
         ) from error
 
 

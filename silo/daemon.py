@@ -1,0 +1,163 @@
+"""``silo serve``: a host that does what its configuration says, until it is told to stop.
+
+It opens the groups of the configuration, exports them, listens for other hosts, and answers on the control socket
+(`silo.control`), where all other commands come in. SIGTERM and SIGINT end it in order: clients are drained, what
+is dirty is stored, maps are made durable. A second signal skips the storing; what is not stored then is on the
+local disk and will be stored after the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from silo.config import GroupConfig, ServeConfig
+from silo.control import ControlServer, Result
+from silo.devices.file import FileDevice
+from silo.errors import InvalidRequestError, SiloError
+from silo.hooks.command import CommandWorkload
+from silo.host import Host
+from silo.hosted import HostedGroup
+from silo.opening import VolumeSpec
+from silo.sync.settings import SyncSettings
+
+__all__ = ["Say", "serve_until_told"]
+
+logger = logging.getLogger(__name__)
+
+Say = Callable[[dict[str, Any], str], None]
+"""Takes an event for machines and the same for people."""
+
+
+async def serve_until_told(config: ServeConfig, say: Say, *, host_is_dead: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT. `UnavailableError` when not everything could be stored in the end."""
+    stop = asyncio.Event()
+    task = asyncio.current_task()
+    signals = _Signals(stop, task)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.received)
+    try:
+        async with Host(config.state) as host:
+            daemon = _Daemon(host, config, say)
+            await daemon.open_groups(host_is_dead=host_is_dead)
+            async with ControlServer(Path(config.state) / "control.sock", daemon.verbs()):
+                say({"event": "ready", "groups": sorted(host.groups)}, daemon.greeting())
+                await stop.wait()
+                say({"event": "stopping"}, "storing what is not stored yet; once more to skip that")
+    except asyncio.CancelledError:
+        if not signals.impatient:
+            raise
+        if task is not None:
+            task.uncancel()
+    say({"event": "stopped"}, "stopped")
+
+
+class _Signals:
+    """The first signal asks, the second insists."""
+
+    def __init__(self, stop: asyncio.Event, task: asyncio.Task[Any] | None) -> None:
+        self.impatient = False
+        self._stop = stop
+        self._task = task
+
+    def received(self) -> None:
+        if self._stop.is_set() and self._task is not None:
+            self.impatient = True
+            self._task.cancel()
+        self._stop.set()
+
+
+class _Daemon:
+    """The verbs of the control socket, on one host."""
+
+    def __init__(self, host: Host, config: ServeConfig, say: Say) -> None:
+        self._host = host
+        self._config = config
+        self._say = say
+
+    # ---- opening ------------------------------------------------------------------------------------------
+
+    async def open_groups(self, *, host_is_dead: bool) -> None:
+        for name, settings in self._config.groups.items():
+            hosted = await self._host.open_group(
+                name,
+                {volume: _spec(name, volume, settings) for volume in settings.volumes},
+                store=self._config.store or None,
+                sync=self._sync_settings(),
+                workload=self._workload(settings),
+                host_is_dead=host_is_dead,
+            )
+            await self.export(hosted)
+
+    async def export(self, hosted: HostedGroup) -> None:
+        for url in self._config.listen_urls(hosted.name):
+            await self._host.export(hosted, url)
+
+    def _sync_settings(self) -> SyncSettings:
+        return SyncSettings(rpo_s=self._config.sync.interval_s, rate_bps=self._config.sync.bandwidth_bps)
+
+    def _workload(self, settings: GroupConfig | None) -> CommandWorkload | None:
+        chosen = settings.workload if settings is not None and settings.workload else self._config.workload
+        return CommandWorkload(chosen.commands, self._host.clock) if chosen.commands else None
+
+    def greeting(self) -> str:
+        lines = [
+            f"{hosted.name}/{volume['name']}: {uri}"
+            for hosted in self._host.groups.values()
+            for volume in hosted.status()["volumes"]
+            for uri in volume["uris"] or ["not exported (no --listen)"]
+        ]
+        if self._config.peer:
+            lines.append(f"other hosts may bring groups to {self._config.peer}")
+        return "\n".join(lines) or "no group and no --peer: there is nothing to do but to wait for a signal"
+
+    # ---- verbs --------------------------------------------------------------------------------------------
+
+    def verbs(self) -> dict[str, Callable[..., AsyncIterator[Any]]]:
+        return {
+            "status": self.status,
+            "heat": self.heat,
+            "sync": self.sync,
+            "wait": self.wait,
+        }
+
+    def _group(self, name: str) -> HostedGroup:
+        if (hosted := self._host.groups.get(name)) is None:
+            known = ", ".join(sorted(self._host.groups)) or "none"
+            raise InvalidRequestError(f"there is no group {name!r} here", hint=f"known groups: {known}")
+        return hosted
+
+    async def status(self) -> AsyncIterator[Any]:
+        groups = [hosted.status() for hosted in self._host.groups.values()]
+        yield Result({"groups": groups, "peer": self._config.peer})
+
+    async def heat(self, group: str, cells: int = 3072) -> AsyncIterator[Any]:
+        if not 1 <= cells <= 1 << 16:
+            raise InvalidRequestError(f"{cells} cells cannot be drawn", hint="take up to 65536")
+        yield Result({"volumes": self._group(group).heat(cells)})
+
+    async def sync(self, group: str) -> AsyncIterator[Any]:
+        yield Result({"generation": await self._group(group).sync_now()})
+
+    async def wait(self, group: str, timeout_s: float) -> AsyncIterator[Any]:
+        """Until the group is hydrated, or for so long."""
+        hosted = self._group(group)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(float(timeout_s), 3600.0)):
+                await hosted.wait_hydrated()
+        yield Result({"hydrated": hosted.is_hydrated})
+
+
+def _spec(group: str, name: str, settings: GroupConfig) -> VolumeSpec:
+    volume = settings.volumes[name]
+    try:
+        device = FileDevice(volume.path, volume.size_bytes)
+    except SiloError as error:
+        raise type(error)(f"{group}/{name}: {error.message}", hint=error.hint) from error
+    return VolumeSpec(device, volume.chunk_bytes, volume.read_only, volume.overwrite)

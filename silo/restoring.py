@@ -1,0 +1,61 @@
+"""Restoring one volume into a file, from the store alone: what ``silo restore`` does."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from silo.clock import SystemClock
+from silo.devices.file import FileDevice
+from silo.errors import InvalidRequestError
+from silo.sync.reader import StoreReader
+from silo.sync.restore import Progress, open_newest
+from silo.sync.restore import restore_volume as restore_onto
+from silo.sync.store_url import open_store
+from silo.threads import run_to_completion
+
+__all__ = ["restore_volume"]
+
+
+async def restore_volume(store: str, group: str, volume: str, to: Path, progress: Progress) -> dict[str, Any]:
+    """Write the newest generation of a volume to a new file or a block device, verified and flushed.
+
+    Returns generation, cut time, size and the bytes read from the store. When it raises or is cancelled, a file
+    that it made is gone again.
+    """
+    made = _is_new(to)
+    clock = SystemClock()
+    objects = open_store(store, clock)
+    try:
+        reader = StoreReader(objects, clock)
+        manifest = await open_newest(reader, group)
+        try:
+            head = manifest.head
+            info = head.volume(volume)
+            if info is None:
+                names = ", ".join(known.name for known in head.volumes)
+                raise InvalidRequestError(f"group {group} has no volume {volume}", hint=f"it has {names}")
+            device = FileDevice(to, info.size)
+            try:
+                await restore_onto(manifest, reader, volume, device, progress=progress)
+            except BaseException:
+                if made:
+                    await run_to_completion(None, os.unlink, to)
+                raise
+            finally:
+                await device.aclose()
+        finally:
+            manifest.close()
+    finally:
+        await objects.aclose()
+    return {
+        "generation": head.generation,
+        "cut_time": head.cut_time,
+        "size": info.size,
+        "bytes_store": reader.bytes_read,
+    }
+
+
+def _is_new(path: Path) -> bool:
+    return not path.exists()
