@@ -71,9 +71,13 @@ class NbdConnection:
         except Exception:
             logger.exception("%s: the connection was ended by an error of ours", self.peer)
         finally:
-            self._stream.close()
-            self._admitted.set()
-            self._closed.set()
+            self.close()
+
+    def close(self) -> None:
+        """Release the socket and whoever waits for us. `run` does so at its end; twice is harmless."""
+        self._stream.close()
+        self._admitted.set()
+        self._closed.set()
 
     async def _negotiate(self) -> Agreement | None:
         """Shake hands; what the client has chosen, or ``None`` when it has left."""

@@ -108,9 +108,10 @@ class NbdServer:
                 logger.warning("cannot accept a connection: %s", error)
                 await asyncio.sleep(_ACCEPT_PAUSE_S)
                 continue
-            self._welcome(sock)
+            self.welcome(sock)
 
-    def _welcome(self, sock: socket.socket) -> None:
+    def welcome(self, sock: socket.socket) -> None:
+        """Serve the client at the other end of a connected socket, which now belongs to the server."""
         tune(sock)
         undecided = [connection for connection in self._connections if not connection.is_serving]
         if len(undecided) >= self.settings.handshakes_max:
@@ -126,7 +127,11 @@ class NbdServer:
         )
         task = self._tasks.create_task(connection.run())
         self._connections[connection] = task
-        task.add_done_callback(lambda _: self._connections.pop(connection))
+        task.add_done_callback(lambda _: self._forget(connection))
+
+    def _forget(self, connection: NbdConnection) -> None:
+        del self._connections[connection]
+        connection.close()  # a task that is cancelled before its first step closes nothing itself
 
     async def aclose(self) -> None:
         """Accept nobody any more, drain every connection, close what is overdue. Twice is harmless.

@@ -10,7 +10,8 @@ hundreds of thousands of them pass per second. Three things are decided here:
   bytes after which nobody could know where the next request starts (a wrong magic number, a payload larger
   than anybody may send) raise `RemoteProtocolError`; the connection must then be closed.
 * *Memory is bounded.* The parser holds one receive buffer and at most one payload that does not fit into it.
-  ``budget`` bounds the bytes that one batch asks to read or to write, and so what its replies can occupy.
+  ``budget`` bounds the bytes that one batch asks to read or to write, and so what its replies can occupy. Each
+  request costs `REQUEST_COST` more, so that requests without data are bounded too.
 
 Payloads are views of the parser's own memory, valid until the next `get_buffer`; whoever needs one longer
 calls `detach`. A large write is received in place: once its header is known, `get_buffer` offers room up to
@@ -35,7 +36,7 @@ from silo.exports.nbd_wire import (
     CommandFlag,
 )
 
-__all__ = ["RECEIVE_SIZE", "HeaderStyle", "Request", "RequestParser"]
+__all__ = ["RECEIVE_SIZE", "REQUEST_COST", "HeaderStyle", "Request", "RequestParser"]
 
 Request = tuple[int, int, int, int, int, memoryview | None]
 """``(command, flags, cookie, offset, length, payload)``.
@@ -47,6 +48,8 @@ then the payload was skipped, and the request waits for its refusal. In extended
 
 RECEIVE_SIZE: Final = (1 << 20) + 4096
 """Takes a 1 MiB write with its header. A larger one gets a buffer of its own. Only what is used becomes resident."""
+REQUEST_COST: Final = 1024
+"""What a request counts beside its data: about what it occupies while it waits."""
 _IN_PLACE_MIN: Final = 64 * 1024
 """From this size on, moving the bytes behind a write costs more than receiving them with another call."""
 _SPARE_MAX: Final = 4 << 20
@@ -137,9 +140,9 @@ class RequestParser:
     def next_batch(self, budget: int) -> list[Request]:
         """The complete requests that were received, in order, until ``budget`` bytes are spent.
 
-        The payload or the reply data of each counts; the request that overdraws is included, so that a positive
-        budget always makes progress. Raises `RemoteProtocolError` when the stream cannot be followed any
-        further, once the requests before that point have been taken.
+        The request that overdraws it is included, so that a positive budget always makes progress. Raises
+        `RemoteProtocolError` when the stream cannot be followed any further, once the requests before that point
+        have been taken.
         """
         requests: list[Request] = []
         while budget > 0:
@@ -151,7 +154,7 @@ class RequestParser:
             if request is None:
                 break
             requests.append(request)
-            budget -= request[4]
+            budget -= request[4] + REQUEST_COST
         return requests
 
     def detach(self, payload: memoryview) -> memoryview:
@@ -178,7 +181,7 @@ class RequestParser:
             if command == _READ and not flags:
                 add((_READ, 0, cookie, offset, length, None))
                 first += size
-                budget -= length
+                budget -= length + REQUEST_COST
             elif flags & _PAYLOAD_LEN if extended else command == _WRITE:
                 end = first + size + length
                 if extended and command == _WRITE:
@@ -188,15 +191,14 @@ class RequestParser:
                     break
                 add((command, flags, cookie, offset, length, view[first + size : end]))
                 first = end
-                budget -= length
+                budget -= length + REQUEST_COST
             elif command == _DISC:
                 self.ended = True
                 first = limit
             else:
                 add((command, flags, cookie, offset, length, None))
                 first += size
-                if command == _READ:
-                    budget -= length
+                budget -= REQUEST_COST + (length if command == _READ else 0)
         self._first = first
         return budget
 

@@ -19,6 +19,7 @@ answered with ESHUTDOWN, then the connection closes.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from typing import Final
 
@@ -96,7 +97,10 @@ class Transmission:
         self._limits = limits
         self._tasks = asyncio.TaskGroup()
         self._flight: dict[asyncio.Task[None], Request] = {}
+        self._waiting: deque[Request] = deque()
+        """Misses that will be tasks when others have ended; no requests are taken meanwhile."""
         self._flight_bytes = 0
+        """What requests in flight and waiting ones hold."""
         self._charged = 0
         self._starved = False
         """Requests may have come that wait for room."""
@@ -112,12 +116,14 @@ class Transmission:
         self._stream.start(self._on_readable, self._advance)
         try:
             async with self._tasks:
-                self._advance()
-                await self._finished.wait()  # no deadline: a guest may be idle for years
-                for task in self._flight:
-                    task.cancel()
+                try:
+                    self._advance()
+                    await self._finished.wait()  # no deadline: a guest may be idle for years
+                finally:
+                    self._finished.set()
+                    for task in self._flight:
+                        task.cancel()
         finally:
-            self._finished.set()
             self._progress.set()
             self._stream.close()
             self._budget.forget(self._advance)
@@ -221,13 +227,15 @@ class Transmission:
             if self._draining:
                 out += [self._service.refuse(request, _SHUTTING_DOWN) for request in requests]
             else:
-                self._start(self._service.serve_nowait(requests, out))
+                misses = self._service.serve_nowait(requests, out)
+                if misses:
+                    self._start(misses)
             if out:
                 self._stream.post(out)
 
     def _room(self) -> int:
         """Bytes that the next requests may ask for; 0 or less when they must wait."""
-        if self._stream.queued or len(self._flight) >= self._limits.requests_in_flight:
+        if self._stream.queued or self._waiting or len(self._flight) >= self._limits.requests_in_flight:
             return 0
         held = self._flight_bytes + self._parser.held
         free = self._budget.free + self._charged - held
@@ -242,10 +250,13 @@ class Transmission:
         for request in misses:
             if request[5] is not None:
                 request = (*request[:5], self._parser.detach(request[5]))
+            self._flight_bytes += _cost(request)
+            self._waiting.append(request)
+        while self._waiting and len(self._flight) < self._limits.requests_in_flight:
+            request = self._waiting.popleft()
             task = self._tasks.create_task(self._serve(request))
             task.add_done_callback(self._forget)
             self._flight[task] = request
-            self._flight_bytes += _cost(request)
 
     async def _serve(self, request: Request) -> None:
         parts = await self._service.serve(request)
@@ -258,7 +269,9 @@ class Transmission:
 
     def _forget(self, task: asyncio.Task[None]) -> None:
         self._flight_bytes -= _cost(self._flight.pop(task))
-        self._advance()
+        if not self._finished.is_set():
+            self._start([])
+            self._advance()
 
 
 def _cost(request: Request) -> int:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silo.errors import LocalProtocolError, RemoteProtocolError
-from silo.exports.nbd_session import HeaderStyle, RequestParser
+from silo.exports.nbd_session import REQUEST_COST, HeaderStyle, RequestParser
 from silo.exports.nbd_wire import (
     EXTENDED_REQUEST,
     EXTENDED_REQUEST_MAGIC,
@@ -162,8 +162,16 @@ def test_a_budget_bounds_the_bytes_of_a_batch():
     buffer = parser.get_buffer()
     buffer[: len(data)] = data
     parser.received(len(data))
-    batches = [[request[2] for request in parser.next_batch(budget)] for budget in (1500, 0, 1, -5, 9999)]
+    cost = 1000 + REQUEST_COST
+    batches = [[request[2] for request in parser.next_batch(budget)] for budget in (cost + 1, 0, 1, -5, 9999)]
     assert batches == [[0, 1], [], [2], [], [3, 4]]
+
+
+def test_requests_without_data_spend_the_budget_too():
+    """Nobody can make a batch endless with requests that cost nothing."""
+    parser = RequestParser(HeaderStyle.SIMPLE)
+    parser.prepend(compact(Command.FLUSH, 1) * 100)
+    assert len(parser.next_batch(10 * REQUEST_COST)) == 10
 
 
 def test_a_payload_that_is_too_long_is_skipped_and_its_request_refused_later():
