@@ -114,8 +114,9 @@ class NbdServer:
         """Serve the client at the other end of a connected socket, which now belongs to the server."""
         tune(sock)
         undecided = [connection for connection in self._connections if not connection.is_serving]
-        if len(undecided) >= self.settings.handshakes_max:
-            self._connections[undecided[0]].cancel()
+        surplus = len(undecided) + 1 - self.settings.handshakes_max
+        for oldest in undecided[: max(0, surplus)]:
+            self._connections[oldest].cancel()
         connection = NbdConnection(
             Stream(sock),
             peer_of(sock),
