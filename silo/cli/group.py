@@ -48,12 +48,17 @@ def status(state: State = STATE_DEFAULT, json: Json = False) -> None:
         console.print("no groups; waiting for one to arrive" if answer["peer"] else "no groups")
     for group in answer["groups"]:
         console.print(_group_table(group))
+        for volume in group["volumes"]:
+            for uri in volume["uris"]:
+                console.print(uri, markup=False, soft_wrap=True)
 
 
 def _group_table(group: dict[str, Any]) -> Table:
     table = Table(title=f"{group['name']}: {group['state']}", title_justify="left")
-    for column in ("volume", "size", "present", "zero", "in store", "at peer", "dirty", "export"):
-        table.add_column(column, justify="left" if column in ("volume", "export") else "right")
+    for column in ("volume", "size", "present", "zero", "in store", "at peer", "dirty"):
+        table.add_column(
+            column, justify="left" if column == "volume" else "right", no_wrap=column != "volume"
+        )
     for volume in group["volumes"]:
         table.add_row(
             volume["name"],
@@ -61,8 +66,8 @@ def _group_table(group: dict[str, Any]) -> Table:
                 format_size(volume[key])
                 for key in ("size", "present", "zero", "absent_store", "absent_peer", "dirty")
             ),
-            "\n".join(volume["uris"]),
         )
+    table.caption_justify = "left"
     sync = group["sync"]
     if sync is None:
         table.caption = "no store: nothing survives the loss of this host"
