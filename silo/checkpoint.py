@@ -8,7 +8,7 @@ whatever part of the later writes reached the disk:
 in the map     in the checkpoint                      after the power loss
 =============  =====================================  ==========================================
 ABSENT_STORE   ABSENT_STORE                           the same: it was not flushed since
-ABSENT_PEER    ABSENT_PEER                            the same
+ABSENT_PEER    ABSENT_PEER                            the same, and dirty: the store lacks it
 ZERO, PRESENT  LOCAL: the device has the content      PRESENT and dirty: to be compared
 ZERO_UNPUNCHED UNPUNCHED: zeros, the device has       ZERO_UNPUNCHED and dirty
                something else
@@ -79,7 +79,7 @@ class _Encoding(enum.IntEnum):
 _STATE_OF = np.array(
     [
         Residency.ABSENT_STORE,
-        Residency.ABSENT_PEER,
+        Residency.ABSENT_PEER | SYNC_DIRTY,
         Residency.PRESENT | SYNC_DIRTY,
         Residency.ZERO_UNPUNCHED | SYNC_DIRTY,
     ],

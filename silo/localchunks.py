@@ -103,7 +103,7 @@ class LocalChunks:
         self._marks = SYNC_DIRTY
         self._writers: dict[int, int] = {}
         self._waiting: dict[int, asyncio.Event] = {}
-        self._checkpoint_due = False
+        self._checkpoint_due = True  # nobody knows what the process before us still owed
         self._unpunched = set(self.chunks.windows_with(RESIDENCY_MASK, ZERO_UNPUNCHED))
         """Windows of the map that may have chunks to punch."""
         self._flush_started = 0

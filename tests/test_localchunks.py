@@ -554,9 +554,11 @@ async def test_a_first_write_to_a_zero_chunk_needs_no_checkpoint():
     """A checkpoint takes ZERO for *as the device has it*, so a fresh disk is flushed without writing maps."""
     keeper = KeptMaps()
     _, volume = make_volume(MemoryDevice(2 * CHUNK), ZERO, keeper=keeper)
+    await volume.flush()
+    assert keeper.count == 1, "what a process before us may have owed"
     volume.write_nowait(0, OLD)
     await volume.flush()
-    assert keeper.count == 0
+    assert keeper.count == 1
     volume.zero_nowait(0, CHUNK)
     await volume.flush()
     assert keeper.states == bytes([ZERO | SYNC_DIRTY, ZERO])

@@ -80,7 +80,7 @@ async def test_only_the_checkpoint_counts_after_the_death_of_the_machine(disk: D
     disk.boot += 1
     again = disk.open()
     assert again.needs_compare
-    assert list(again.buffer) == [SUSPECT, SUSPECT, Residency.ABSENT_PEER, 0, 0, 0, 0, 0]
+    assert list(again.buffer) == [SUSPECT, SUSPECT, Residency.ABSENT_PEER | SYNC_DIRTY, 0, 0, 0, 0, 0]
     third = disk.open()  # and from here on the map counts again
     assert (third.origin, bytes(third.buffer)) == (Origin.MAP, bytes(again.buffer))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from silo.abc import Buffer
+from silo.abc import BlockDevice, Buffer
 from silo.devices.layer import Layer
 from silo.devices.memory import MemoryDevice
 from silo.testing.loop import explore
@@ -29,13 +29,16 @@ class Held:
 
 
 class HeldDevice(Layer):
-    """Memory. The verbs in ``slow`` decline their ``_nowait`` form, and those in ``hold`` stop before their effect.
+    """A device that is slow on command: the verbs in ``slow`` decline their ``_nowait`` form, and those in ``hold``
+    stop before their effect. In memory, unless ``inner`` is given.
 
     `next` waits for the next held call. ``log`` names every call that had an effect, in order.
     """
 
-    def __init__(self, size: int, *, slow: str = "", hold: str = "") -> None:
-        super().__init__(MemoryDevice(size))
+    def __init__(
+        self, size: int, *, slow: str = "", hold: str = "", inner: BlockDevice | None = None
+    ) -> None:
+        super().__init__(inner or MemoryDevice(size))
         self.slow = set(slow.split())
         self.hold = set(hold.split())
         self.log: list[tuple[str, int]] = []
