@@ -21,11 +21,12 @@ from __future__ import annotations
 import abc
 import enum
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import attrs
 
 __all__ = [
+    "STATE_SIZE_MAX",
     "BlockDevice",
     "Buffer",
     "Capabilities",
@@ -154,10 +155,14 @@ class StoredObject:
 class ObjectStore(abc.ABC):
     """A flat map from keys to immutable-looking objects, with compare-and-swap on a key.
 
-    Keys are ASCII, ``/``-separated, without empty, ``.`` or ``..`` components; anything else raises
-    `InvalidRequestError`. Implementations add their own prefix. Reads see every write that has ended.
-    Nothing is retried inside: `UnavailableError` says that the caller may, and after a mutation that the
-    outcome is unknown. Concurrent calls are allowed. Credentials never appear in ``url``, logs or errors.
+    Keys are letters, digits, ``-``, ``_`` and ``.``, ``/``-separated, without empty, ``.`` or ``..`` components;
+    anything else raises `InvalidRequestError`. Implementations add their own prefix. Reads see every write that
+    has ended. Nothing is retried inside: `UnavailableError` says that the caller may, and after a mutation that
+    the outcome is unknown. Concurrent calls are allowed. Credentials never appear in ``url``, logs or errors.
+
+    A network may hold on to what was sent, so here a mutation that failed or was cancelled may still land later,
+    as a whole. Buffers must not change until the call has ended. A key may not lie below another one (``a`` and
+    ``a/b``): a store may refuse the second with `InvalidRequestError`.
     """
 
     url: str
@@ -250,6 +255,10 @@ class Transport(abc.ABC):
         """Bind an address. A stale Unix socket is replaced, one in use is refused."""
 
 
+STATE_SIZE_MAX: Final = 16 << 20
+"""Bytes that `Workload.capture` may return: they travel inside the handover, while the guest runs nowhere."""
+
+
 class Role(enum.Enum):
     """Which side of a migration a workload hook runs on."""
 
@@ -320,7 +329,7 @@ class Workload(abc.ABC):
         return None
 
     def capture(self, step: Step) -> Awaitable[bytes] | bytes:
-        """The opaque device state; it travels inside the handover. At most 16 MiB."""
+        """The opaque device state; it travels inside the handover. At most `STATE_SIZE_MAX`."""
         return b""
 
     @abc.abstractmethod

@@ -1,14 +1,16 @@
 """What happens to a group, for whoever watches: frozen values, one stream per migration.
 
-Observers get each event as it happens, in order, on the group's loop. Until the group is claimed an observer
-may stop the migration by raising `silo.MigrationAborted` (or any other `silo.SiloError`) from a
-`PhaseEntered` event; afterwards its errors are reported and change nothing. Times are `Clock.monotonic` seconds,
-sizes are bytes.
+Observers (`silo.hooks.observers`) get each event in order. Before the guest is stopped an observer may end the
+migration by raising anything from a `PhaseEntered` event; otherwise its errors are reported and change nothing.
+Times are `Clock.monotonic` seconds, sizes are bytes. ``as_dict`` gives what ``--json`` prints: plain
+values under the names of the attributes, and the kind of event under ``event``.
 """
 
 from __future__ import annotations
 
 import enum
+import re
+from typing import Any
 
 import attrs
 
@@ -60,12 +62,21 @@ class Outcome(enum.Enum):
     """Target: the group is here, whole."""
 
 
+def _plain(_: object, __: object, value: object) -> object:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
 @attrs.frozen(kw_only=True)
 class MigrationEvent:
     """What all events have in common."""
 
     group: str
     at: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; ``event`` is the kind: ``phase-entered``, ``round-started``, ``progress``, ..."""
+        kind = re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower()
+        return {"event": kind, **attrs.asdict(self, value_serializer=_plain)}
 
 
 @attrs.frozen(kw_only=True)
@@ -155,3 +166,7 @@ class MigrationReport:
     """What the workload's hooks took of that time, on both hosts."""
     evacuated_ms: float | None = None
     """From the start until *evacuated* was known at the source."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as those of the events."""
+        return attrs.asdict(self, value_serializer=_plain)

@@ -71,7 +71,7 @@ class HookCalls:
 
     def __init__(self, owner: str, clock: Clock) -> None:
         self.owner = owner
-        """Whose hooks these are, for messages: "the workload of vm1"."""
+        """Whose hooks these are, for messages: ``the workload of vm1``."""
         self._clock = clock
         self._turn = asyncio.Lock()
         self._running = ""
@@ -82,7 +82,7 @@ class HookCalls:
         """Call the hook and return what it returns, or what that awaitable gives.
 
         ``deadline`` is `Clock.monotonic` time; when it is past, the hook is not called at all. Concurrent calls
-        take turns. Raises `UnavailableError` when the hook failed or was overdue, or when its turn did not come.
+        take turns. ``name`` is for messages: ``hook suspend``. Raises `UnavailableError` when the hook failed or was overdue, or when its turn did not come.
         See the module for what a cancellation does.
         """
         await self._take_turn(name, deadline)
@@ -125,8 +125,10 @@ class HookCalls:
         try:
             async with patience:
                 result = await awaitable
-        except (Exception, SystemExit) as error:
+        except TimeoutError as error:
             raise (self._overdue(name) if patience.expired() else self._failure(name, error)) from error
+        except (Exception, SystemExit) as error:
+            raise self._failure(name, error) from error
         except asyncio.CancelledError as error:
             if caller and caller.cancelling() > cancels:
                 raise
@@ -162,27 +164,27 @@ class HookCalls:
     def _note_late_end(self, name: str, ended: asyncio.Future[Any]) -> None:
         error = _drop(ended)
         outcome = "ended" if error is None else f"failed ({error!r})"
-        log.warning("hook %s of %s %s long after its deadline", name, self.owner, outcome)
+        log.warning("%s of %s %s long after its deadline", name, self.owner, outcome)
 
     def _left_s(self, deadline: float) -> float:
         return max(0.0, deadline - self._clock.monotonic())
 
     def _overdue(self, name: str) -> UnavailableError:
         return UnavailableError(
-            f"hook {name} of {self.owner} was not done by its deadline",
+            f"{name} of {self.owner} was not done by its deadline",
             hint="make it faster, or allow it more time",
         )
 
     def _refusal(self, name: str, culprit: str) -> UnavailableError:
         return UnavailableError(
-            f"hook {name} of {self.owner} was not called, because {culprit} is still running",
+            f"{name} of {self.owner} was not called, because {culprit} is still running",
             hint=f"find out why {culprit} does not end: two hooks never run at once",
         )
 
     def _failure(self, name: str, error: BaseException) -> UnavailableError:
         message = error.message if isinstance(error, SiloError) else str(error) or type(error).__name__
         hint = error.hint if isinstance(error, SiloError) else ""
-        return UnavailableError(f"hook {name} of {self.owner} failed: {message}", hint=hint)
+        return UnavailableError(f"{name} of {self.owner} failed: {message}", hint=hint)
 
 
 def _drop(future: asyncio.Future[Any]) -> BaseException | None:

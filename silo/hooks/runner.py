@@ -18,51 +18,20 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
-import attrs
-
-from silo.abc import Capabilities, Clock, Health, Role, Step, Workload
+from silo.abc import STATE_SIZE_MAX, Capabilities, Clock, Health, Role, Step, Workload
 from silo.errors import CapacityError, InvalidRequestError, UnavailableError
 from silo.hooks.calls import HookCalls
 from silo.hooks.inprocess import NullWorkload
 
-__all__ = ["STATE_SIZE_MAX", "HookTimeouts", "WorkloadRunner"]
+__all__ = ["TIMEOUT_S", "WorkloadRunner"]
 
 log = logging.getLogger(__name__)
 
-STATE_SIZE_MAX = 16 << 20
-"""Bytes that `Workload.capture` may return; it travels inside the handover, while nothing runs anywhere."""
 
-
-def _positive(_: object, attribute: attrs.Attribute[float], value: float) -> None:
-    if not value > 0:
-        raise InvalidRequestError(f"timeout {attribute.name} must be positive, not {value}")
-
-
-def _timeout(default: float) -> float:
-    field: float = attrs.field(default=default, validator=_positive)
-    return field
-
-
-@attrs.frozen
-class HookTimeouts:
-    """How long each hook may take.
-
-    Generous: they end what hangs, they do not decide what is slow. What a migration with a deadline of its own
-    can afford is less, see `WorkloadRunner.for_migration`.
-    """
-
-    prepare_s: float = _timeout(60.0)
-    quiesce_s: float = _timeout(10.0)
-    suspend_s: float = _timeout(10.0)
-    flush_s: float = _timeout(30.0)
-    capture_s: float = _timeout(30.0)
-    resume_s: float = _timeout(30.0)
-    unquiesce_s: float = _timeout(10.0)
-    unsuspend_s: float = _timeout(30.0)
-    fence_s: float = _timeout(30.0)
-    probe_s: float = _timeout(5.0)
+TIMEOUT_S: Final = 30.0
+"""For each hook. It ends what hangs; what is too slow for a migration is for the migration's deadline to say."""
 
 
 def _nowhere() -> Mapping[str, str]:
@@ -91,9 +60,11 @@ class WorkloadRunner:
         group: str,
         role: Role = Role.SOURCE,
         devices: Callable[[], Mapping[str, str]] = _nowhere,
-        timeouts: HookTimeouts | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.workload: Workload = NullWorkload() if workload is None else workload
+        if timeout_s <= 0:
+            raise InvalidRequestError(f"the timeout of a workload's hooks must be positive, not {timeout_s}")
         self.group = group
         self.role = role
         self.spent_s = 0.0
@@ -102,7 +73,7 @@ class WorkloadRunner:
         """The same by hook, in the order of their first calls."""
         self._clock = clock
         self._devices = devices
-        self._timeouts = timeouts or HookTimeouts()
+        self._timeout_s = timeout_s
         self._deadline = math.inf
         self._calls = HookCalls(f"the workload of {group}", clock)
 
@@ -118,7 +89,7 @@ class WorkloadRunner:
             group=self.group,
             role=role,
             devices=self._devices,
-            timeouts=self._timeouts,
+            timeout_s=self._timeout_s,
         )
         runner._deadline = deadline
         runner._calls = self._calls
@@ -199,7 +170,7 @@ class WorkloadRunner:
 
     async def _call(self, name: str, *args: Any) -> Any:
         started = self._clock.monotonic()
-        deadline = started + float(getattr(self._timeouts, f"{name}_s"))
+        deadline = started + self._timeout_s
         if name in _BEFORE_CLAIM:
             deadline = min(deadline, self._deadline)
         step = Step(role=self.role, deadline=deadline, devices=dict(self._devices()), group=self.group)
@@ -207,7 +178,7 @@ class WorkloadRunner:
         if getattr(hook, "__func__", None) is getattr(Workload, name):
             return hook(step, *args)  # the port's own: it only returns
         try:
-            return await self._calls.call(name, deadline, hook, step, *args)
+            return await self._calls.call(f"hook {name}", deadline, hook, step, *args)
         finally:
             took_s = self._clock.monotonic() - started
             self.spent_s += took_s
