@@ -74,12 +74,19 @@ class Host:
                 await self._exporter.aclose()
             if self._ticker is not None:
                 self._ticker.cancel()
-            await self._tasks.__aexit__(kind, error, trace)
+            await self._end_tasks()
             if self._state is not None:
                 await self._state.aclose()
                 self._state = None
         if errors and kind is None:
             raise errors[0]
+
+    async def _end_tasks(self) -> None:
+        """All of them have been told to end. One that failed had cancelled us; its error is the one to raise."""
+        try:
+            await self._tasks.__aexit__(None, None, None)
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
 
     async def _tick(self) -> None:
         """Move all heat maps along, until cancelled."""
