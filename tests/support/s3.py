@@ -1,4 +1,4 @@
-"""An S3 server for the tests: moto in a process of its own, checking every signature.
+"""An S3 server for the tests: moto in a process of its own (`tests.support.moto_process`), checking every signature.
 
 moto starts without any user, and lets so many calls through unsigned; they create the one user that the tests
 are. From then on a request with a wrong key, a wrong secret or a body that was not signed is refused, as it
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlencode
 
 import attrs
@@ -27,6 +29,7 @@ STOP_TIMEOUT_S = 10.0
 REGION = "us-east-1"
 _UNSIGNED_CALLS = 3  # create_user, create_access_key, put_user_policy
 _numbers = itertools.count()
+_ROOT = Path(__file__).parents[2]
 _RUNNING = re.compile(r"Running on (http://\S+:\d+)")
 
 
@@ -89,7 +92,7 @@ class _Process:
         self.endpoint = ""
         self._said = threading.Event()
         self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, cwd=_ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -127,12 +130,8 @@ def _policy(**whom: object) -> str:
 @contextmanager
 def moto_server() -> Iterator[S3Server]:
     """moto on a free port of the loopback, with one user who may do everything and nobody else."""
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "INITIAL_NO_AUTH_ACTION_COUNT": str(_UNSIGNED_CALLS),
-        "MOTO_ENABLE_ISO_REGIONS": "false",
-    }
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    environment = {"PATH": os.defpath, "INITIAL_NO_AUTH_ACTION_COUNT": str(_UNSIGNED_CALLS)}
+    command = [sys.executable, "-m", "tests.support.moto_process"]
     process = _Process(command, environment)
     try:
         endpoint = process.wait_endpoint()
