@@ -38,6 +38,10 @@ from silo.sync.segment import Entries, Index
 __all__ = ["CommittedMap", "KeyTable", "Location", "VolumeMap"]
 
 
+PAGES_MAX = 1 << 16
+"""We write at most 256 pages per volume; a volume that grows may get more."""
+
+
 @attrs.frozen
 class Location:
     """Where the content of one chunk is. ``key`` is empty for the kinds without a payload."""
@@ -111,6 +115,8 @@ class VolumeMap:
         directory: str | None = None,
     ) -> None:
         pages = page_count(chunk_count, page_chunks)
+        if pages > PAGES_MAX:
+            raise CorruptionError(f"the root of the map divides a volume into {pages} pages")
         self.chunk_count = chunk_count
         self.page_chunks = page_chunks
         self.parts = dict(parts or {})

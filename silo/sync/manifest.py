@@ -1,8 +1,9 @@
 """A generation, opened: the head, and its map as far as it has been read from the store.
 
-Opening takes one round trip after the head: the root (when it is not inline) and the indexes of all segments
-since, side by side; the segments then apply in the head's order. Pages of the map are read when somebody asks
-about one of their chunks. Every part is verified against the digest one level up before it is believed.
+The root is in the head, or a round trip away when it is large. Then come the indexes of all segments since the root,
+which apply in the head's order, and pages of the map, each when somebody first asks about one of its chunks. The
+first question takes one round trip for both. Every part is verified against the digest one level up before it is
+believed.
 
 The owner of a group keeps its manifest up to date with its own commits (`committed`), so that whoever reads through
 it always resolves through the current map.
@@ -11,7 +12,7 @@ it always resolves through the current map.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -44,54 +45,66 @@ class Manifest:
         self.head = head
         self.maps = committed
         self._reader = reader
-        self._flights: SingleFlight[tuple[str, int, bool], None] = SingleFlight()
+        self._unapplied = head.segments
+        self._completing: SingleFlight[None, None] = SingleFlight()
+        self._loading: SingleFlight[tuple[str, int, bool], None] = SingleFlight()
 
     @classmethod
-    async def open(cls, head: Head, reader: StoreReader, *, directory: str | None = None) -> Manifest:
+    async def open(
+        cls, head: Head, reader: StoreReader, *, directory: str | None = None, complete: bool = True
+    ) -> Manifest:
         """Read what is needed to resolve chunks of the generation that ``head`` shows.
 
-        ``directory`` takes the map of a large disk, sparse and unlinked; on a tmpfs it counts as memory. Raises
-        `CorruptionError`, `CapacityError`, and `UnavailableError` when the reader's patience is over.
+        Without ``complete`` the indexes of the segments since the root are left for the first question, which then
+        reads them beside its page. ``directory`` takes the map of a large disk, sparse and unlinked; on a tmpfs it
+        counts as memory. Raises as `complete`.
         """
         committed = CommittedMap(directory)
         manifest = cls(head, committed, reader)
         try:
-            await manifest._load()
+            root = await manifest._read_root()
+            for volume in head.volumes:
+                manifest.add(volume, root)
+            if complete:
+                await manifest.complete()
         except BaseException:
             committed.close()
             raise
         return manifest
 
-    async def _load(self) -> None:
-        segments = self.head.segments
-        root, indexes = await self._read_beginning(segments[:INDEXES_AT_ONCE])
-        for volume in self.head.volumes:
-            self.add(volume, root)
-        for start in range(0, len(segments), INDEXES_AT_ONCE):
-            some = segments[start : start + INDEXES_AT_ONCE]
-            if start:
-                _, indexes = await self._read_beginning(some, with_root=False)
-            for segment, data in zip(some, indexes, strict=True):
-                self.maps.apply(parse_index_of(segment, data), segment.key)
+    @property
+    def is_complete(self) -> bool:
+        """Whether all segments since the root are applied. Before, the maps must not be asked directly."""
+        return not self._unapplied
 
-    async def _read_beginning(
-        self, segments: Sequence[SegmentRef], *, with_root: bool = True
-    ) -> tuple[Root | None, list[Buffer]]:
-        """The root and some indexes, in one round trip."""
-        root = self.head.root if with_root else None
-        stored = root.stored if root else None
-        async with task_group() as tasks:
-            root_read = tasks.create_task(self._read_part(stored)) if stored else None
-            index_reads = [
-                tasks.create_task(self._read(part.key, part.index_offset, part.index_length, demand=True))
-                for part in segments
-            ]
-        indexes = [read.result() for read in index_reads]
-        if stored is not None and root_read is not None:
-            return parse_root(root_read.result(), digest=bytes.fromhex(stored.digest)), indexes
-        if root is not None and root.inline is not None:
-            return parse_root(root.inline), indexes
-        return None, indexes
+    async def complete(self) -> None:
+        """Read and apply the indexes of the segments since the root; harmless when that is done.
+
+        `CorruptionError`, `CapacityError`, and `UnavailableError` when the reader's patience is over; then, and after
+        a cancellation, the next call goes on from there. Concurrent calls share the work.
+        """
+        if self._unapplied:
+            await self._completing.run(None, self._complete)
+
+    async def _complete(self) -> None:
+        while segments := self._unapplied[:INDEXES_AT_ONCE]:
+            async with task_group() as tasks:
+                reads = [
+                    tasks.create_task(self._read(part.key, part.index_offset, part.index_length, demand=True))
+                    for part in segments
+                ]
+            for segment, read in zip(segments, reads, strict=True):
+                self.maps.apply(parse_index_of(segment, read.result()), segment.key)
+            self._unapplied = self._unapplied[INDEXES_AT_ONCE:]
+
+    async def _read_root(self) -> Root | None:
+        root = self.head.root
+        if root is None:
+            return None
+        if root.stored is None:
+            return parse_root(root.inline or b"")
+        data = await self._read_part(root.stored)
+        return parse_root(data, digest=bytes.fromhex(root.stored.digest))
 
     async def _read_part(self, part: PartRef, *, demand: bool = True) -> Buffer:
         return await self._read(part.key, part.offset, part.length, demand=demand)
@@ -127,8 +140,14 @@ class Manifest:
         return found
 
     async def locate(self, name: str, chunk: int, *, demand: bool) -> Location:
-        """Where a chunk is, after reading its page of the map if need be. Raises as `load_page`."""
+        """Where a chunk is, after reading what is needed for that. Raises as `complete` and `load_page`."""
         volume = self.volume(name)
+        if not self.is_complete:
+            # Page and indexes side by side; which is taken over first makes no difference.
+            async with task_group() as tasks:
+                tasks.create_task(self.complete())
+                for page in volume.pages_of(np.array([chunk])):
+                    tasks.create_task(self.load_page(name, page, demand=demand))
         while (location := volume.locate(chunk)) is None:
             (page,) = volume.pages_of(np.array([chunk]))
             await self.load_page(name, page, demand=demand)
@@ -140,7 +159,7 @@ class Manifest:
         `UnavailableError` as `StoreReader.read`, `CorruptionError` when the page is damaged or missing.
         Cancellation leaves nothing behind.
         """
-        await self._flights.run((name, page, demand), lambda: self._load_page(name, page, demand))
+        await self._loading.run((name, page, demand), lambda: self._load_page(name, page, demand))
 
     async def _load_page(self, name: str, page: int, demand: bool) -> None:
         volume = self.volume(name)

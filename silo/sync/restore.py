@@ -4,7 +4,7 @@
 has claimed the group and has nothing of it on its disk.
 
 *Lazily*: `mark_absent` tells a chunk map which chunks are in the store, and a `silo.sync.store_source.StoreSource`
-provides them when they are read. The first byte takes three round trips: head; index and page of the map; chunk.
+provides them when they are read. The first byte takes three round trips: head; indexes and page of the map; chunk.
 
 *Whole*: `restore_volume` walks the map page by page, fetches each segment's chunks in few large requests, verifies
 every one of them, and writes only what is not zero to a device that already reads as zeros there.
@@ -40,11 +40,13 @@ Progress = Callable[[int, int], None]
 """Called with the bytes of the volume that are restored so far, and its size."""
 
 
-async def open_newest(reader: StoreReader, group: str, *, directory: str | None = None) -> Manifest:
+async def open_newest(
+    reader: StoreReader, group: str, *, directory: str | None = None, complete: bool = True
+) -> Manifest:
     """The newest generation of a group, without claiming it.
 
     `InvalidRequestError` when there is no such group or nothing was ever committed, `CorruptionError`,
-    `UnavailableError` when the reader's patience is over. ``directory`` as in `Manifest.open`.
+    `UnavailableError` when the reader's patience is over. ``directory`` and ``complete`` as in `Manifest.open`.
     """
     data = await reader.read_object(head_key(group))
     if data is None:
@@ -54,15 +56,20 @@ async def open_newest(reader: StoreReader, group: str, *, directory: str | None 
         raise InvalidRequestError(
             f"group {group} has no generation yet", hint="it was created, and nothing was committed"
         )
-    return await Manifest.open(head, reader, directory=directory)
+    return await Manifest.open(head, reader, directory=directory, complete=complete)
 
 
 def mark_absent(manifest: Manifest, name: str, chunks: ChunkMap, *, device_is_zero: bool) -> None:
     """Set the residency of every chunk for a lazy restore: in the store, or zero.
 
     What is known of the map decides; a chunk of a page that is not loaded counts as being in the store even when it is
-    zero there. ``device_is_zero``: the device reads as zeros, so that nothing needs to be punched.
+    zero there, and so does every chunk before the manifest is complete. ``device_is_zero``: the device reads as
+    zeros, so that nothing needs to be punched.
     """
+    if not manifest.is_complete:
+        manifest.volume(name)  # it exists
+        chunks.set_residency_run(0, chunks.count, Residency.ABSENT_STORE)
+        return
     zero = Residency.ZERO if device_is_zero else Residency.ZERO_UNPUNCHED
     for first, limit, stored in manifest.volume(name).runs():
         chunks.set_residency_run(first, limit, Residency.ABSENT_STORE if stored else zero)
@@ -99,6 +106,7 @@ async def restore_volume(
         raise InvariantError(f"volume {name} has a map and is not in the head")
     if device.size < info.size:
         raise InvalidRequestError(f"volume {name} has {info.size} bytes, and the device only {device.size}")
+    await manifest.complete()
     workers = Workers(reader.settings.threads, "silo-restore")
     try:
         restore = _Restore(manifest, reader, name, info.geometry, device, workers, progress)

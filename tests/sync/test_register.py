@@ -14,8 +14,9 @@ from silo.sync.memory_store import MemoryStore
 from silo.sync.register import Register
 from silo.sync.settings import RetrySettings
 from silo.sync.store_faults import Fault, FaultKind, Outcome, Verb
-from silo.testing.loop import SimulatedClock, explore, run_simulated
+from silo.testing.loop import SimulatedClock, explore
 from tests.support.seeds import seeds
+from tests.support.simulated import simulated
 
 VOLUMES = (VolumeInfo("disk", 1 << 20, 65536, 512),)
 SETTINGS = RetrySettings(delay_min_s=0.1, delay_max_s=2.0, request_timeout_s=30.0)
@@ -31,16 +32,6 @@ def following(head: Head) -> Head:
 
 def stored(store: MemoryStore) -> Head:
     return parse_head(store.snapshot()["vm1/head"], "vm1")
-
-
-def simulated(scenario):
-    """Run on the deterministic loop, whose time costs nothing."""
-
-    def test() -> None:
-        run_simulated(scenario, seed=1)
-
-    test.__doc__ = scenario.__doc__
-    return test
 
 
 @simulated

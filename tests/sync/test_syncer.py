@@ -25,22 +25,10 @@ from silo.sync.head import WriterState, encode_head, parse_head
 from silo.sync.memory_store import MemoryStore
 from silo.sync.status import SyncPhase
 from silo.sync.store_faults import FaultKind, Outcome, Verb
-from silo.testing.loop import SimulatedClock, run_simulated
+from silo.testing.loop import SimulatedClock
 from tests.support.logs import ExpectedLogs
+from tests.support.simulated import simulated
 from tests.support.sync import CHUNK, SETTINGS, make_group, mark_all_dirty, restored, syncing
-
-pytestmark = pytest.mark.usefixtures("expect_log")
-
-
-def simulated(scenario):
-    """Run on the deterministic loop, whose time costs nothing."""
-
-    def test(expect_log: ExpectedLogs) -> None:
-        run_simulated(lambda clock: scenario(clock, expect_log) if wants_log else scenario(clock), seed=1)
-
-    wants_log = scenario.__code__.co_argcount == 2
-    test.__doc__ = scenario.__doc__
-    return test
 
 
 def stored_head(store: MemoryStore):
@@ -456,13 +444,13 @@ async def test_checkpoints_keep_the_list_of_segments_short(clock: SimulatedClock
 async def test_a_huge_first_cut_is_followed_by_a_checkpoint(clock: SimulatedClock) -> None:
     """Many segments in one commit are folded into a root at the next opportunity, although nothing is dirty."""
     store = MemoryStore(clock)
-    group = make_group(clock, {"disk": 2560 * CHUNK})
-    settings = attrs.evolve(SETTINGS, checkpoint_segments=2)
+    group = make_group(clock, {"disk": 1100 * CHUNK})
+    settings = attrs.evolve(SETTINGS, checkpoint_segments=1)
     async with syncing(store.client(), clock, group=group, settings=settings) as it:
-        for chunk in range(2560):
+        for chunk in range(1100):
             await it.write(chunk, clock.token(CHUNK))
         assert await it.syncer.sync_now() == 1
-        assert len(it.head.segments) >= 10
+        assert len(it.head.segments) == 5
         await it.syncer.sync_now()
         assert (it.head.generation, it.head.segments) == (1, ())
         assert await restored(store.client(), clock) == it.image()
@@ -572,14 +560,14 @@ async def test_volumes_are_checked_and_may_be_added(clock: SimulatedClock) -> No
 async def test_the_rate_is_limited(clock: SimulatedClock) -> None:
     """Uploads stay within the limit, over a few seconds."""
     store = MemoryStore(clock)
-    settings = attrs.evolve(SETTINGS, rate_bps=1 << 20, drain_timeout_s=600.0)
-    group = make_group(clock, {"disk": 2560 * CHUNK})
+    settings = attrs.evolve(SETTINGS, rate_bps=1 << 18, drain_timeout_s=600.0)
+    group = make_group(clock, {"disk": 640 * CHUNK})
     async with syncing(store.client(), clock, group=group, settings=settings) as it:
-        for chunk in range(2560):
+        for chunk in range(640):
             await it.write(chunk, clock.token(CHUNK))
         before = clock.monotonic()
         await it.syncer.sync_now()
-        assert 8 < clock.monotonic() - before < 12
+        assert 4 < clock.monotonic() - before < 12
 
 
 @simulated

@@ -1,0 +1,120 @@
+"""What the syncer decides: order, batches, window, rate, pace, checkpoints."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from silo.sync.planner import Pace, TokenBucket, UploadWindow, batches, checkpoint_due, coldest_first
+
+heats = st.lists(st.floats(0, 2.0**99, width=32), min_size=1, max_size=200)
+
+
+@given(heats, st.data())
+def test_every_chunk_comes_once_and_cold_ones_come_first(values: list[float], data: st.DataObject) -> None:
+    """Within a factor of two the order of the indices is kept."""
+    heat = np.array(values, dtype=np.float32)
+    dirty = data.draw(st.lists(st.sampled_from(range(len(values))), unique=True)) if values else []
+    chunks = np.array(sorted(dirty), dtype=np.int64)
+    ordered = [chunk for part in coldest_first(chunks, heat) for chunk in part.tolist()]
+    assert sorted(ordered) == chunks.tolist()
+    for first, second in pairwise(ordered):
+        assert heat[first] < 2 or heat[second] > heat[first] / 2
+        if heat[first] == heat[second]:
+            assert first < second
+
+
+def test_a_uniform_disk_is_stored_in_its_own_order() -> None:
+    chunks = np.arange(200_000, dtype=np.int64)
+    parts = list(coldest_first(chunks, np.zeros(200_000, dtype=np.float32)))
+    assert all(len(part) <= 65536 for part in parts)
+    assert np.array_equal(np.concatenate(parts), chunks)
+
+
+@given(st.lists(st.integers(0, 40), max_size=10), st.integers(1, 20))
+def test_batches_keep_the_order_and_are_full(lengths: list[int], size: int) -> None:
+    arrays = [np.arange(sum(lengths[:n]), sum(lengths[: n + 1]), dtype=np.int64) for n in range(len(lengths))]
+    found = list(batches(iter(arrays), size))
+    assert [chunk for batch in found for chunk in batch] == list(range(sum(lengths)))
+    assert all(len(batch) == size for batch in found[:-1])
+    assert all(found)
+
+
+def test_the_window_grows_slowly_and_shrinks_fast() -> None:
+    window = UploadWindow(least=10, most=50)
+    assert window.limit == 20
+    for _ in range(2):
+        window.succeeded(10)
+    assert window.limit == 30
+    for _ in range(100):
+        window.succeeded(10)
+    assert window.limit == 50
+    window.failed()
+    assert window.limit == 25
+    for _ in range(10):
+        window.failed()
+    assert window.limit == 10
+
+
+def test_the_window_admits_what_fits_and_always_one() -> None:
+    window = UploadWindow(least=10, most=50)
+    assert window.fits(1000)
+    window.enter(15)
+    assert window.fits(5)
+    assert not window.fits(6)
+    window.leave(15)
+    assert window.fits(1000)
+
+
+@given(st.lists(st.tuples(st.floats(0, 10), st.integers(0, 5000)), min_size=1, max_size=50))
+def test_the_rate_is_kept_over_any_time(transfers: list[tuple[float, int]]) -> None:
+    """From the first byte on, no more was sent than the rate allows for the time plus one burst, and one transfer."""
+    bucket = TokenBucket(1000.0)
+    now, sent = 100.0, 0
+    for pause, size in transfers:
+        now += pause
+        start = now + bucket.delay(now, size)
+        assert sent <= 1000.0 * (start - 100.0 + TokenBucket.BURST_S) + 1e-6
+        sent += size
+        now = start
+
+
+def test_without_a_rate_nothing_waits() -> None:
+    assert TokenBucket(None).delay(5.0, 1 << 40) == 0.0
+
+
+def test_the_pace_leaves_time_for_the_commit() -> None:
+    """The slower the store, the earlier the next cut; never without a pause at all."""
+    pace = Pace(10.0)
+    assert pace.next_cut(100.0) == 110.0
+    pace.took(2.0)
+    assert pace.next_cut(100.0) == 107.5
+    pace.took(100.0)
+    assert pace.next_cut(100.0) == 101.0
+    for _ in range(100):
+        pace.took(0.0)
+    assert pace.next_cut(100.0) == pytest.approx(110.0, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("segments", "page_bytes", "stored_bytes", "due"),
+    [
+        (0, 0, 0, False),
+        (63, 1, 1_000_000, False),
+        (64, 1_000, 50_000, True),
+        (64, 1_001, 50_000, False),
+        (255, 1_000_000, 1, False),
+        (256, 1_000_000, 1, True),
+    ],
+)
+def test_a_checkpoint_is_cheap_or_overdue(
+    segments: int, page_bytes: int, stored_bytes: int, due: bool
+) -> None:
+    assert (
+        checkpoint_due(segments=segments, soft_limit=64, page_bytes=page_bytes, stored_bytes=stored_bytes)
+        is due
+    )
