@@ -9,7 +9,8 @@ import pytest
 
 from silo.clock import SystemClock
 from silo.errors import ClosedError, InvalidRequestError, InvariantError, UnavailableError
-from silo.sync.memory_store import MemoryClient, MemoryStore
+from silo.sync.memory_client import MemoryClient
+from silo.sync.memory_store import MemoryStore
 from silo.sync.store_faults import Fault, FaultKind, Operation, Outcome, Verb
 from silo.testing.check_store import check_store
 from silo.testing.loop import SimulatedClock, run_simulated

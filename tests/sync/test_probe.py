@@ -10,7 +10,8 @@ import pytest
 from silo.abc import Buffer, StoredObject
 from silo.clock import SystemClock
 from silo.errors import InvalidRequestError, SiloError, UnavailableError
-from silo.sync.memory_store import MemoryClient, MemoryStore
+from silo.sync.memory_client import MemoryClient
+from silo.sync.memory_store import MemoryStore
 from silo.sync.probe import Probe, probe_store
 from silo.sync.s3_location import EtagForm, S3Credentials
 from silo.sync.store_faults import FaultKind, Verb

@@ -12,7 +12,7 @@ from silo.clock import SystemClock
 from silo.errors import InvalidRequestError
 from silo.sync.aiobotocore_store import AiobotocoreStore
 from silo.sync.file_store import FileStore
-from silo.sync.memory_store import MemoryClient
+from silo.sync.memory_client import MemoryClient
 from silo.sync.s3_location import S3Credentials
 from silo.sync.s3_store import S3Store
 from silo.sync.store_url import open_store

@@ -12,7 +12,8 @@ import pytest
 from silo.abc import Buffer, ObjectInfo, StoredObject
 from silo.clock import SystemClock
 from silo.errors import InvalidRequestError, UnavailableError
-from silo.sync.memory_store import MemoryClient, MemoryStore
+from silo.sync.memory_client import MemoryClient
+from silo.sync.memory_store import MemoryStore
 from silo.testing.check_store import check_store
 
 Data = Sequence[Buffer]
