@@ -50,7 +50,9 @@ class DaemonThreads(Executor):
             try:
                 result = fn(*args, **kwargs)
             except BaseException as error:
-                future.set_exception(error)
+                # What means something else to an event loop must arrive there as an ordinary failure.
+                special = isinstance(error, StopIteration) or not isinstance(error, Exception)
+                future.set_exception(RuntimeError(f"it raised {error!r}") if special else error)
             else:
                 future.set_result(result)
 
@@ -81,9 +83,9 @@ class HookCalls:
     async def call(self, name: str, deadline: float, hook: Callable[..., Any], *args: Any) -> Any:
         """Call the hook and return what it returns, or what that awaitable gives.
 
-        ``deadline`` is `Clock.monotonic` time; when it is past, the hook is not called at all. Concurrent calls
-        take turns. ``name`` is for messages: ``hook suspend``. Raises `UnavailableError` when the hook failed or was overdue, or when its turn did not come.
-        See the module for what a cancellation does.
+        ``name`` is for messages: ``hook suspend``. ``deadline`` is `Clock.monotonic` time, and finite; when it is
+        past, the hook is not called at all. Concurrent calls take turns. Raises `UnavailableError` when the hook
+        failed or was overdue, or when its turn did not come. See the module for what a cancellation does.
         """
         await self._take_turn(name, deadline)
         try:
@@ -158,7 +160,7 @@ class HookCalls:
             raise cancelled
         try:
             return future.result()
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             raise self._failure(name, error) from error
 
     def _note_late_end(self, name: str, ended: asyncio.Future[Any]) -> None:
