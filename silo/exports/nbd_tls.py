@@ -12,7 +12,7 @@ import contextlib
 import socket
 import ssl
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import attrs
 
@@ -110,8 +110,6 @@ class TlsStream(Stream):
             except ssl.SSLWantReadError:
                 if not await self._fill():
                     return b""
-            except ssl.SSLZeroReturnError:
-                return b""
 
     async def send(self, data: bytes) -> None:
         if data:
@@ -133,7 +131,8 @@ class TlsStream(Stream):
         filled = 0
         while filled < len(buffer):
             try:
-                filled += self._read_tls(buffer[filled:])
+                # In this form the result is a number, which typeshed overlooks.
+                count = cast("int", self._tls.read(len(buffer) - filled, buffer[filled:]))
             except ssl.SSLWantReadError:
                 if filled:
                     break
@@ -141,13 +140,11 @@ class TlsStream(Stream):
                 if not data:
                     return 0
                 self._incoming.write(data)
-            except ssl.SSLZeroReturnError:
-                break
+            else:
+                filled += count
+                if not count:
+                    break  # the client has said goodbye
         return filled
-
-    def _read_tls(self, buffer: memoryview) -> int:
-        count: object = self._tls.read(len(buffer), buffer)  # a number in this form, which typeshed overlooks
-        return count if isinstance(count, int) else 0
 
     def unread(self) -> int:
         return super().unread() + self._incoming.pending + self._tls.pending()
