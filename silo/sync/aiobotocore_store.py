@@ -239,6 +239,8 @@ def _client_arguments(location: S3Location, credentials: S3Credentials | None) -
     arguments: dict[str, Any] = {"config": config, "endpoint_url": location.endpoint}
     if location.region is not None:
         arguments["region_name"] = location.region
+    if location.ca_file is not None:
+        arguments["verify"] = location.ca_file
     if credentials is not None:
         arguments["aws_access_key_id"] = credentials.access_key_id
         arguments["aws_secret_access_key"] = credentials.secret_access_key

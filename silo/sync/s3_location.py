@@ -7,6 +7,7 @@ The URL is ``s3://bucket/prefix?option=value&...``. A hyphen may stand for each 
 ``region``
 ``path_style``  ``true`` or ``false``; by default true with an endpoint, else false
 ``payload``     ``signed``, or ``unsigned``: bodies are not hashed for the signature, for use over TLS
+``ca_file``     PEM file with further authorities to trust for TLS, as for a server of one's own
 ``timeout_s``   for one request, not counting the time that its bytes may take
 ``client``      ``obstore`` or ``aiobotocore``
 ``profile``     of the AWS configuration files; aiobotocore only
@@ -77,6 +78,7 @@ class S3Location:
     region: str | None = None
     path_style: bool = False
     signed_payload: bool = True
+    ca_file: str | None = None
     timeout_s: float = _TIMEOUT_DEFAULT_S
     client: S3Client = S3Client.OBSTORE
     profile: str | None = None
@@ -90,6 +92,7 @@ class S3Location:
             "path_style": str(self.path_style).lower()
             if self.path_style is not (self.endpoint is not None)
             else None,
+            "ca_file": self.ca_file,
             "payload": None if self.signed_payload else "unsigned",
             "timeout_s": None if self.timeout_s == _TIMEOUT_DEFAULT_S else f"{self.timeout_s:g}",
             "client": None if self.client is S3Client.OBSTORE else self.client.value,
@@ -131,6 +134,7 @@ def parse_s3_url(url: str) -> S3Location:
         region=options.pop("region", None),
         path_style=_choice(options, "path_style", {"true": True, "false": False}, endpoint is not None),
         signed_payload=_choice(options, "payload", {"signed": True, "unsigned": False}, True),
+        ca_file=options.pop("ca_file", None),
         timeout_s=_timeout(options.pop("timeout_s", None)),
         client=_choice(options, "client", {client.value: client for client in S3Client}, S3Client.OBSTORE),
         profile=options.pop("profile", None),

@@ -19,6 +19,7 @@ import re
 import threading
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -27,7 +28,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store as Client
 
 from silo.abc import Buffer, ObjectInfo, ObjectStore, StoredObject
-from silo.errors import ClosedError, UnavailableError
+from silo.errors import ClosedError, InvalidRequestError, UnavailableError
 from silo.sync.s3_errors import CONFLICT, NO_SUCH_BUCKET, NOT_FOUND, no_answer, refusal
 from silo.sync.s3_location import EtagForm, S3Credentials, S3Location
 from silo.sync.store_keys import check_key, check_prefix, check_range, just_before
@@ -239,7 +240,16 @@ def _client_options(location: S3Location) -> ClientConfig:
     }
     if location.endpoint is not None:
         options["allow_http"] = location.endpoint.startswith("http://")
+    if location.ca_file is not None:
+        options["root_certificate"] = _authorities(location.ca_file)
     return options
+
+
+def _authorities(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InvalidRequestError(f"ca_file {path}: {error.strerror}") from error
 
 
 def _provider(credentials: S3Credentials | None) -> S3CredentialProvider | None:

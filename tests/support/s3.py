@@ -22,6 +22,8 @@ from urllib.parse import urlencode
 
 import attrs
 
+from tests.support.certificates import Authority
+
 __all__ = ["S3Server", "moto_server"]
 
 START_TIMEOUT_S = 60.0
@@ -30,7 +32,7 @@ REGION = "us-east-1"
 _UNSIGNED_CALLS = 3  # create_user, create_access_key, put_user_policy
 _numbers = itertools.count()
 _ROOT = Path(__file__).parents[2]
-_RUNNING = re.compile(r"Running on (http://\S+:\d+)")
+_RUNNING = re.compile(r"Running on (https?://\S+:\d+)")
 
 
 @attrs.frozen
@@ -41,6 +43,7 @@ class S3Server:
     access_key_id: str
     secret_access_key: str = attrs.field(repr=False)
     region: str = REGION
+    ca_file: str | None = None
 
     def environment(self) -> dict[str, str]:
         """The variables by which any S3 client finds its credentials."""
@@ -65,6 +68,7 @@ class S3Server:
             region_name=self.region,
             aws_access_key_id=self.access_key_id,
             aws_secret_access_key=self.secret_access_key,
+            verify=self.ca_file,
         )
 
     def temporary_credentials(self) -> tuple[str, str, str]:
@@ -128,17 +132,23 @@ def _policy(**whom: object) -> str:
 
 
 @contextmanager
-def moto_server() -> Iterator[S3Server]:
-    """moto on a free port of the loopback, with one user who may do everything and nobody else."""
+def moto_server(authority: Authority | None = None) -> Iterator[S3Server]:
+    """moto on a free port of the loopback, with one user who may do everything and nobody else.
+
+    With an authority it speaks TLS, as ``localhost``.
+    """
+    certificate = authority.issue("server") if authority else ()
     environment = {"PATH": os.defpath, "INITIAL_NO_AUTH_ACTION_COUNT": str(_UNSIGNED_CALLS)}
-    command = [sys.executable, "-m", "tests.support.moto_process"]
+    command = [sys.executable, "-m", "tests.support.moto_process", *map(str, certificate)]
     process = _Process(command, environment)
     try:
-        endpoint = process.wait_endpoint()
-        iam = S3Server(endpoint, "nobody", "nothing").boto_client("iam")
+        endpoint, ca_file = process.wait_endpoint(), None
+        if authority is not None:
+            endpoint, ca_file = endpoint.replace("127.0.0.1", "localhost"), str(authority.path)
+        iam = S3Server(endpoint, "nobody", "nothing", ca_file=ca_file).boto_client("iam")
         iam.create_user(UserName="silo")
         key = iam.create_access_key(UserName="silo")["AccessKey"]
         iam.put_user_policy(UserName="silo", PolicyName="all", PolicyDocument=_policy(Resource="*"))
-        yield S3Server(endpoint, key["AccessKeyId"], key["SecretAccessKey"])
+        yield S3Server(endpoint, key["AccessKeyId"], key["SecretAccessKey"], ca_file=ca_file)
     finally:
         process.stop()

@@ -18,7 +18,7 @@ def test_plain() -> None:
 def test_every_option() -> None:
     location = parse_s3_url(
         "s3://bucket/pre/fix?endpoint=https://s3.example:9000/&region=eu-1&path-style=false&payload=unsigned"
-        "&timeout_s=5&client=aiobotocore&profile=work"
+        "&ca_file=/etc/ca.pem&timeout_s=5&client=aiobotocore&profile=work"
     )
     assert location == S3Location(
         bucket="bucket",
@@ -27,6 +27,7 @@ def test_every_option() -> None:
         region="eu-1",
         path_style=False,
         signed_payload=False,
+        ca_file="/etc/ca.pem",
         timeout_s=5.0,
         client=S3Client.AIOBOTOCORE,
         profile="work",

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -22,9 +23,10 @@ from silo.sync.s3_location import EtagForm, S3Credentials
 from silo.sync.s3_store import S3Store
 from silo.sync.store_url import open_store
 from silo.testing.check_store import check_store
+from tests.support.certificates import Authority
 from tests.support.fault_proxy import FaultProxy, HttpFaultKind
 from tests.support.metadata_service import metadata_service
-from tests.support.s3 import S3Server
+from tests.support.s3 import S3Server, moto_server
 
 clients = pytest.mark.parametrize("client", ["obstore", "aiobotocore"])
 
@@ -298,6 +300,29 @@ async def test_a_missing_bucket_is_not_an_empty_one(s3_server: S3Server, client:
         with pytest.raises(InvalidRequestError, match="NoSuchBucket"):
             await call
     await store.aclose()
+
+
+@clients
+def test_tls_with_an_authority_of_ones_own(tmp_path: Path, client: str) -> None:
+    authority = Authority(tmp_path)
+    with moto_server(authority) as server:
+        bucket = server.make_bucket("bucket")
+
+        async def use(**options: str) -> str | None:
+            store = store_at(server, server.url(bucket, client=client, **options))
+            try:
+                return await store.put_if("a", [bytes(100_000)], match=None)
+            finally:
+                await store.aclose()
+
+        with pytest.raises(UnavailableError):
+            asyncio.run(use())
+        assert asyncio.run(use(ca_file=str(authority.path))) is not None
+
+
+def test_a_missing_file_of_authorities(clock: SystemClock) -> None:
+    with pytest.raises(InvalidRequestError, match="nowhere"):
+        open_store("s3://bucket?ca_file=/nowhere.pem", clock)
 
 
 async def test_virtual_hosts(s3_server: S3Server, bucket: str) -> None:
