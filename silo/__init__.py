@@ -73,8 +73,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BlockDevice",
-    "CapacityError",
     "Capabilities",
+    "CapacityError",
     "ChunkSource",
     "Clock",
     "ClosedError",

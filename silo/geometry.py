@@ -104,4 +104,6 @@ class Geometry:
     def check_extent(self, offset: int, length: int) -> None:
         """Raise `InvalidRequestError` unless the extent lies inside the volume. An empty extent is inside."""
         if offset < 0 or length < 0 or offset + length > self.size:
-            raise InvalidRequestError(f"extent {offset}+{length} lies outside the volume of {self.size} bytes")
+            raise InvalidRequestError(
+                f"extent {offset}+{length} lies outside the volume of {self.size} bytes"
+            )
