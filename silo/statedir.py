@@ -229,6 +229,26 @@ class GroupState:
         if volume is not None and not volume.closed:
             raise InvalidRequestError(f"the map of {self.name}/{name} is open")
 
+    async def close_volumes(self) -> None:
+        """Close the maps of all volumes; the group stays ours."""
+        for volume in list(self._volumes.values()):
+            await volume.aclose()
+
+    async def forget(self, *, last: str = "") -> None:
+        """Close and forget every map, and forget every record, durably; the record ``last`` at the very end.
+
+        A crash on the way leaves less, so that it can be asked again.
+        """
+        await self.close_volumes()
+        for volume in await self.volume_names():
+            await self.remove_volume(volume)
+        for name in await self.record_names():
+            if name != last:
+                await self.delete_record(name)
+        await self._run("delete the identity", remove_file, self._record(_IDENTITY))
+        if last:
+            await self.delete_record(last)
+
     # ---- beginning and end --------------------------------------------------------------------------------
 
     async def aclose(self) -> None:
