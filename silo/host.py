@@ -28,7 +28,7 @@ from silo.exporting import Exporter, GroupExport
 from silo.group import CopyLimits, Group
 from silo.hooks.runner import WorkloadRunner
 from silo.hosted import HostedGroup
-from silo.opening import VolumeSpec, claim_group, open_volumes
+from silo.opening import VolumeSpec, claim_group, open_volumes, preparation
 from silo.statedir import GroupState, StateDir
 from silo.storelink import StoreLink
 from silo.sync.settings import FetchSettings, SyncSettings
@@ -146,7 +146,7 @@ class Host:
         state = await self._open_state(name)
         link: StoreLink | None = None
         try:
-            link = await self._open_link(name, store, sync, fetch)
+            link = await self._open_link(state, store, sync, fetch)
             head = await claim_group(state, link, specs, force=host_is_dead)
             group = Group(name, self.clock, copies=copies)
             await open_volumes(group, state, link, head, specs)
@@ -177,7 +177,7 @@ class Host:
 
     async def _open_link(
         self,
-        name: str,
+        state: GroupState,
         store: str | ObjectStore | None,
         sync: SyncSettings | None,
         fetch: FetchSettings | None,
@@ -185,8 +185,15 @@ class Host:
         if store is None:
             return None
         opened = open_store(store, self.clock) if isinstance(store, str) else store
-        owns = isinstance(store, str)
-        return await StoreLink.open(name, opened, self.clock, owns_store=owns, sync=sync, fetch=fetch)
+        return await StoreLink.open(
+            state.name,
+            opened,
+            self.clock,
+            prepare=preparation(state, opened),
+            owns_store=isinstance(store, str),
+            sync=sync,
+            fetch=fetch,
+        )
 
     def _running_exporter(self) -> Exporter:
         if self._exporter is None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from silo.abc import BlockDevice
+from silo.abc import BlockDevice, ObjectStore
 from silo.chunkmap import ChunkMap, Residency
 from silo.errors import InvalidRequestError, InvariantError
 from silo.geometry import BLOCK_SIZE_DEFAULT, CHUNK_SIZE_DEFAULT, Geometry
@@ -27,9 +27,10 @@ from silo.statedir import GroupState
 from silo.storelink import StoreLink, without_secrets
 from silo.sync.claim import Owner
 from silo.sync.head import Head, VolumeInfo
+from silo.sync.register import Prepare
 from silo.volumestate import states_of_extents
 
-__all__ = ["VolumeSpec", "claim_group", "open_volumes", "remember", "remember_volumes"]
+__all__ = ["VolumeSpec", "claim_group", "open_volumes", "preparation", "remember", "remember_volumes"]
 
 NO_INCARNATION = "0" * 16
 """Of a group without a store, where nothing is named after it."""
@@ -73,11 +74,7 @@ async def claim_group(
         for name, spec in specs.items()
     ]
 
-    async def prepare(owner: Owner, _nonce: str) -> None:
-        # The epoch that is about to be claimed: whether the claim took effect or not, it is ours or nobody's.
-        await remember(state, owner, place)
-
-    return await link.claim_opening(owners, infos, prepare, force=force)
+    return await link.claim_opening(owners, infos, force=force)
 
 
 def _chunk_size(spec: VolumeSpec, identity: Identity | None, name: str) -> int:
@@ -93,6 +90,19 @@ async def _refuse_stored(name: str, link: StoreLink) -> None:
             f"the store has a group {name} already, which is not the one on this disk",
             hint="give the group another name, or another prefix in the store",
         )
+
+
+def preparation(state: GroupState, store: ObjectStore) -> Prepare:
+    """What writes down, before each claim in this store, whom it is about to make the owner.
+
+    Whether the claim then takes effect or not: the epoch is ours or nobody's.
+    """
+    place = without_secrets(store.url)
+
+    async def prepare(owner: Owner, _nonce: str) -> None:
+        await remember(state, owner, place)
+
+    return prepare
 
 
 async def remember(

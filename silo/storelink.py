@@ -48,6 +48,7 @@ class StoreLink:
         store: ObjectStore,
         clock: Clock,
         *,
+        prepare: Prepare,
         owns_store: bool,
         sync: SyncSettings | None,
         fetch: FetchSettings | None,
@@ -59,6 +60,7 @@ class StoreLink:
         self.syncer: Syncer | None = None
         self._group: Group | None = None
         self._clock = clock
+        self._prepare = prepare
         self._owns_store = owns_store
         self._sync = sync
         self._fetch = fetch
@@ -75,6 +77,7 @@ class StoreLink:
         store: ObjectStore,
         clock: Clock,
         *,
+        prepare: Prepare,
         owns_store: bool,
         sync: SyncSettings | None = None,
         fetch: FetchSettings | None = None,
@@ -82,9 +85,20 @@ class StoreLink:
     ) -> Self:
         """Look whether the store is fit to be written to. `InvalidRequestError` when it is not.
 
-        ``owns_store``: `close` closes it, and so does this when it raises. ``directory`` takes temporary files.
+        ``prepare`` writes down durably whom a claim is about to make the owner; it is awaited before every claim.
+        ``owns_store``: `close` closes the store, and so does this when it raises. ``directory`` takes temporary
+        files.
         """
-        link = cls(name, store, clock, owns_store=owns_store, sync=sync, fetch=fetch, directory=directory)
+        link = cls(
+            name,
+            store,
+            clock,
+            prepare=prepare,
+            owns_store=owns_store,
+            sync=sync,
+            fetch=fetch,
+            directory=directory,
+        )
         try:
             await probe_store(store, clock, prefix=f"{name}/")
         except BaseException:
@@ -95,13 +109,13 @@ class StoreLink:
     # ---- opening ------------------------------------------------------------------------------------------
 
     async def claim_opening(
-        self, owners: Iterable[Owner], volumes: Sequence[VolumeInfo], prepare: Prepare, *, force: bool
+        self, owners: Iterable[Owner], volumes: Sequence[VolumeInfo], *, force: bool
     ) -> Head:
         """Become the owner of a group that this host has served before, that is new, or that was released."""
         known = tuple(owners)
         floor = max((owner.epoch for owner in known), default=0)
         expectation = Expectation.force(floor) if force else Expectation.opening(*known)
-        return await self.register.claim(expectation, volumes=volumes, prepare=prepare)
+        return await self.register.claim(expectation, volumes=volumes, prepare=self._prepare)
 
     async def look(self) -> Head | None:
         """The head as it is now, without claiming; its generation becomes readable through `attach`."""
@@ -224,7 +238,7 @@ class StoreLink:
         """Target: take the group over under ``terms.nonce``. Returns the new epoch."""
         source = Owner(terms.epoch, terms.incarnation)
         expectation = Expectation.handover(source, terms.generations, terms.nonce)
-        head = await self.register.claim(expectation, nonce=terms.nonce)
+        head = await self.register.claim(expectation, nonce=terms.nonce, prepare=self._prepare)
         return head.epoch
 
     async def reclaim(self, terms: Terms, nonce: str) -> Verdict:
@@ -233,7 +247,7 @@ class StoreLink:
         owners = {own} | ({self.register.owner} if self.register.owner else set())
         expectation = Expectation.opening(*owners, nonces=(nonce,))
         try:
-            await self.register.claim(expectation, nonce=nonce)
+            await self.register.claim(expectation, nonce=nonce, prepare=self._prepare)
         except FencedError:
             head = await self.register.read()
             claimed = head is not None and head.claim is not None and head.claim.nonce == terms.nonce
