@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from silo.chunkmap import FROZEN, SYNC_DIRTY, WINDOW, ChunkMap, Residency
+from silo.chunkmap import FROZEN, LOCKED, SYNC_DIRTY, WINDOW, ChunkMap, Residency
 from silo.devices.faulty import FaultyDevice, Verb
 from silo.devices.memory import MemoryDevice
 from silo.errors import CorruptionError, InvariantError, UnavailableError
@@ -45,6 +45,20 @@ async def test_filling_with_zeros_costs_nothing(content):
     assert device.log == []
     assert volume.filled_bytes == 0
     assert not await volume.fill(0, None), "it is not absent any more"
+
+
+async def test_a_run_is_filled_with_zeros_where_it_can_be():
+    """Absent chunks that nobody is writing become zero, in one step; all others and all marks stay."""
+    _, volume = make_volume(MemoryDevice(6 * CHUNK), PEER)
+    assert volume.fill_nowait(1, NEW)
+    volume.chunks.states[2] |= LOCKED
+    volume.chunks.mark(3, SYNC_DIRTY)
+    volume.fill_zeros_nowait(0, 5)
+    assert states(volume) == [UNPUNCHED, PRESENT, PEER, UNPUNCHED, UNPUNCHED, PEER]
+    assert chunks_with(volume, SYNC_DIRTY) == [3]
+    volume.chunks.states[2] &= ~LOCKED & 0xFF
+    await volume.flush()
+    assert states(volume)[3:5] == [ZERO, ZERO]
 
 
 async def test_a_synchronous_fill_declines_when_the_device_does():
