@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from silo.abc import BlockDevice, Clock, ObjectStore, Workload
+from silo.abc import BlockDevice, Clock, ObjectStore, Transport, Workload
 from silo.clock import SystemClock
 from silo.errors import ClosedError, InvalidRequestError, SiloError
 from silo.exporting import Exporter, GroupExport
@@ -29,6 +29,9 @@ from silo.group import CopyLimits, Group
 from silo.hooks.runner import WorkloadRunner
 from silo.hosted import HostedGroup
 from silo.opening import VolumeSpec, claim_group, open_volumes, preparation
+from silo.p2p.ports import Site
+from silo.p2p.settings import MigrationSettings
+from silo.p2p.transport import PlainTransport
 from silo.statedir import GroupState, StateDir
 from silo.storelink import StoreLink
 from silo.sync.settings import FetchSettings, SyncSettings
@@ -42,10 +45,24 @@ HEAT_INTERVAL_S = 1.0
 class Host:
     """See the module. Use as an async context manager; one per state directory and process."""
 
-    def __init__(self, state: str | os.PathLike[str], *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        state: str | os.PathLike[str],
+        *,
+        listen: str | None = None,
+        transport: Transport | None = None,
+        migration: MigrationSettings | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        """``listen`` is where other hosts may bring groups. ``transport`` decides how hosts reach one another: by
+        default over Unix sockets only, as plain TCP must be asked for (`silo.p2p.transport.PlainTransport`)."""
         self.clock = clock or SystemClock()
         self.groups: dict[str, HostedGroup] = {}
         self._path = Path(state)
+        self._listen = listen
+        self._transport = transport or PlainTransport()
+        self._migration = migration or MigrationSettings()
+        self._site: Site | None = None
         self._state: StateDir | None = None
         self._tasks = asyncio.TaskGroup()
         self._exporter: Exporter | None = None
@@ -53,6 +70,12 @@ class Host:
 
     async def __aenter__(self) -> Self:
         self._state = StateDir(self._path)
+        self._site = Site(
+            host=await self._state.host_name(self.clock),
+            transport=self._transport,
+            clock=self.clock,
+            settings=self._migration,
+        )
         await self._tasks.__aenter__()
         self._exporter = Exporter(self._tasks)
         self._ticker = self._tasks.create_task(self._tick())
@@ -166,7 +189,7 @@ class Host:
         runner = WorkloadRunner(
             workload, self.clock, group=group.name, devices=lambda: exporter.first_uris(group.name)
         )
-        return HostedGroup(group, state, link, runner, exporter, self.clock, self._tasks)
+        return HostedGroup(group, state, link, runner, exporter, self._running_site(), self._tasks)
 
     async def _open_state(self, name: str) -> GroupState:
         if self._state is None:
@@ -195,6 +218,11 @@ class Host:
             fetch=fetch,
         )
 
+    def _running_site(self) -> Site:
+        if self._site is None:
+            raise ClosedError("the host is not running", hint="use `async with silo.Host(...) as host`")
+        return self._site
+
     def _running_exporter(self) -> Exporter:
         if self._exporter is None:
             raise ClosedError("the host is not running", hint="use `async with silo.Host(...) as host`")
@@ -205,8 +233,11 @@ class Host:
         return self._running_exporter().add(group.group, url)
 
     async def close_group(self, group: HostedGroup, *, drain: bool = True) -> None:
-        """Stop serving a group, as `HostedGroup.close`."""
+        """Stop serving a group, as `HostedGroup.close`. A migration away is aborted, or waited for when it is too late
+        for that; without ``drain`` it is left as it is, to be continued after a restart."""
         try:
+            if group.move is not None:
+                await group.move.leave(wait=drain)
             await group.close(drain=drain)
         finally:
             self.groups.pop(group.name, None)

@@ -7,18 +7,25 @@ can be asked of one group; the parts behind it know nothing of one another.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine
+import math
+from collections.abc import Awaitable, Coroutine, Sequence
 from typing import Any
 
 import numpy as np
 
-from silo.abc import Clock
+from silo.abc import Role
 from silo.chunkmap import RESIDENCY_MASK, SYNC_DIRTY, SYNC_IN_CUT, Residency
-from silo.errors import ClosedError, InvalidRequestError, SiloError
+from silo.errors import ClosedError, FencedError, InvalidRequestError, MigrationAborted, SiloError
+from silo.events import MigrationReport
 from silo.exporting import Exporter
 from silo.group import Group
+from silo.hooks.observers import Observer
 from silo.hooks.runner import WorkloadRunner
 from silo.hydrator import Hydrator
+from silo.moving import EventLog, Move
+from silo.p2p.ports import Plugs, Site
+from silo.p2p.records import OFFER_RECORD
+from silo.p2p.source import SourceMigration
 from silo.statedir import GroupState
 from silo.storelink import StoreLink
 from silo.volume import Volume
@@ -38,7 +45,7 @@ class HostedGroup:
         link: StoreLink | None,
         runner: WorkloadRunner,
         exporter: Exporter,
-        clock: Clock,
+        site: Site,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self.group = group
@@ -47,9 +54,12 @@ class HostedGroup:
         self.runner = runner
         self.phase = "opening"
         """What the group is doing here, in a word, for people."""
-        self.hydrator = Hydrator(group, clock)
+        self.hydrator = Hydrator(group, site.clock)
+        self.move: Move | None = None
+        """The migration away from here, the latest one."""
         self._exporter = exporter
-        self._clock = clock
+        self._site = site
+        self._clock = site.clock
         self._tasks = tasks
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -102,6 +112,51 @@ class HostedGroup:
         """Return when nothing is absent any more. No deadline: it takes what store and peer need."""
         await self.hydrator.wait_done()
 
+    # ---- moving -------------------------------------------------------------------------------------------
+
+    def migrate(self, to: str, *, deadline: float | None = None, observers: Sequence[Observer] = ()) -> Move:
+        """Move the group to the host that listens at ``to``: ``tcp:host:port`` or ``unix:/path``.
+
+        Use as ``async with group.migrate(...) as move``. ``deadline`` is `Clock.monotonic` time: a switchover that is
+        not done by then is given up. ``observers`` get every event, and may object until the guest is stopped.
+        `InvalidRequestError` when the group is moving already, or is not running here.
+        """
+        if self.phase != "running":
+            raise InvalidRequestError(
+                f"group {self.name} cannot move now: it is {self.phase}", hint="see `silo status`"
+            )
+        log = EventLog(self.name, self._clock, observers)
+        migration = SourceMigration(
+            self.group, to, self._site, self._plugs(Role.SOURCE, log, deadline), deadline=deadline
+        )
+        self.move = Move(log, lambda: self._leave(migration), self._tasks.create_task)
+        return self.move
+
+    def _plugs(self, role: Role, log: EventLog, deadline: float | None = None) -> Plugs:
+        runner = self.runner.for_migration(role, deadline=math.inf if deadline is None else deadline)
+        return Plugs(
+            records=self.state,
+            guest=runner,
+            ownership=self.link,
+            emit=log.emit,
+            consent=log.consent,
+            bytes_store=lambda: self.link.fetched_bytes if self.link else 0,
+        )
+
+    async def _leave(self, migration: SourceMigration) -> MigrationReport:
+        """One migration away from here, until this host is not needed any more, or the group is back."""
+        self.phase = "moving away"
+        try:
+            report = await migration.run()
+        except MigrationAborted:
+            self.phase = "running"
+            raise
+        except FencedError:
+            self.phase = "fenced"
+            raise
+        await self.close(forget=True)
+        return report
+
     # ---- seeing -------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
@@ -114,6 +169,7 @@ class HostedGroup:
             "hydrated": self.is_hydrated,
             "hydration_error": self.hydrator.error,
             "exposed_bytes": self.group.exposed_bytes,
+            "migration": self.move.phase.value if self.move and self.move.phase else None,
             "bytes_store": self.link.fetched_bytes if self.link else 0,
             "volumes": [self._volume_status(volume) for volume in self.volumes.values()],
             "sync": sync
@@ -154,8 +210,10 @@ class HostedGroup:
 
     # ---- the end ------------------------------------------------------------------------------------------
 
-    async def close(self, *, drain: bool = True) -> None:
+    async def close(self, *, drain: bool = True, forget: bool = False) -> None:
         """Stop serving; store what is not stored (unless told not to); make the rest durable here.
+
+        ``forget``: the group has moved away for good, so nothing is stored, and nothing is remembered of it.
 
         `UnavailableError` with the number of exposed bytes when the store could not be brought up to date;
         everything is closed all the same, and the local disk has it. Twice is harmless.
@@ -171,10 +229,12 @@ class HostedGroup:
             await asyncio.wait(self._background)
         await self._exporter.remove(self.name)
         await self.group.gate.close_and_drain()
-        fenced = self.group.gate.error is not None
+        lost = forget or self.group.gate.error is not None
         if self.link is not None:
-            await _collect(errors, self.link.close(drain=drain and not fenced))
-        if not fenced:
+            await _collect(errors, self.link.close(drain=drain and not lost))
+        if forget:
+            await _collect(errors, self.state.forget(last=OFFER_RECORD))
+        elif not lost:
             await _collect(errors, self.group.checkpoint())
         self.group.gate.fail(ClosedError(f"group {self.name} was closed"))
         await _collect(errors, self.group.aclose())

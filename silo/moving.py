@@ -163,6 +163,18 @@ class Move:
         if self._task is not None and self._log.phase in UNDOABLE:
             self._task.cancel()
 
+    async def leave(self, *, wait: bool) -> None:
+        """The host closes: abort while that is possible, then wait for the end, or (without ``wait``) stop where it is.
+
+        Stopped past the handover, the migration is continued from its records when the group is opened again.
+        """
+        if self._ended.is_set() or self._task is None:
+            return
+        self.abort("the host was told to stop")
+        if not wait:
+            self._task.cancel()
+        await self.wait_ended()
+
     async def wait_ended(self) -> None:
         """Return when the migration has ended, however it did. No deadline: past the handover it must end itself."""
         await self._ended.wait()

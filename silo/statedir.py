@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
-from silo.abc import Buffer
+from silo.abc import Buffer, Clock
 from silo.checkpoint import owner_tag
 from silo.clock import boot_id
 from silo.errors import ClosedError, InvalidRequestError
@@ -63,6 +63,18 @@ class StateDir:
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="silo-state")
         self._groups: list[GroupState] = []
         self._closed = False
+
+    async def host_name(self, clock: Clock) -> str:
+        """A name of this host that lasts as long as its state directory, drawn when there is none yet."""
+
+        def read_or_draw() -> str:
+            path = self.path / "host"
+            if not path.exists():
+                make_directory(self.path)
+                replace_file(path, clock.token(8).hex().encode())
+            return path.read_text(encoding="ascii")
+
+        return await self._run(f"name the host of {self.path}", read_or_draw)
 
     async def groups(self) -> list[str]:
         """The names of all groups that have state here, open or not."""
