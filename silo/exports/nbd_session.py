@@ -50,8 +50,12 @@ RECEIVE_SIZE: Final = (1 << 20) + 4096
 """Takes a 1 MiB write with its header. A larger one gets a buffer of its own. Only what is used becomes resident."""
 REQUEST_COST: Final = 1024
 """What a request counts beside its data: about what it occupies while it waits."""
-_IN_PLACE_MIN: Final = 64 * 1024
-"""From this size on, moving the bytes behind a write costs more than receiving them with another call."""
+_IN_PLACE_MIN: Final = 192 * 1024
+"""From this size on, moving the bytes behind a write costs more than receiving them with another call.
+
+A Unix socket holds about as much; smaller writes come several at a time, which is worth more: with 64 KiB here,
+writes of 64 KiB cost the server 32 µs of CPU each instead of 23.
+"""
 _SPARE_MAX: Final = 4 << 20
 """A payload buffer up to this size is kept for the next large write; a larger one is given back."""
 
