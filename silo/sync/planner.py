@@ -30,25 +30,25 @@ SCAN = 1 << 16
 def coldest_first(chunks: Indices, heat: npt.NDArray[np.float32]) -> Iterator[Indices]:
     """The chunks from the least to the most often written, in arrays of bounded length.
 
-    ``heat`` has one value per chunk of the volume. Chunks whose heat differs by less than a factor of two keep
-    the order of their indices, so that neighbours stay together in a segment and can be read back in one go.
+    ``heat`` has one value per chunk of the volume and is looked at only by the first step: it may change between
+    two arrays, and every chunk still comes exactly once. Chunks whose heat differs by less than a factor of two
+    keep the order of their indices, so that neighbours stay together in a segment and can be read back in one go.
     Never sorts: one pass per level of heat that occurs, over windows.
     """
-    levels: set[int] = set()
+    levels = np.empty(len(chunks), dtype=np.uint8)
     for start in range(0, len(chunks), SCAN):
-        levels.update(np.unique(_level(heat[chunks[start : start + SCAN]])).tolist())
-    for level in sorted(levels):
+        levels[start : start + SCAN] = _level(heat[chunks[start : start + SCAN]])
+    for level in np.unique(levels):
         for start in range(0, len(chunks), SCAN):
-            window = chunks[start : start + SCAN]
-            chosen = window[_level(heat[window]) == level]
+            chosen = chunks[start : start + SCAN][levels[start : start + SCAN] == level]
             if len(chosen):
                 yield chosen
 
 
-def _level(heat: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
+def _level(heat: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """The power of two below each value; 0 for everything below 1."""
     _, exponent = np.frexp(heat)
-    return np.clip(exponent, 0, 128)
+    return np.clip(exponent, 0, 128).astype(np.uint8)
 
 
 def batches(arrays: Iterator[Indices], size: int) -> Iterator[list[int]]:

@@ -52,9 +52,9 @@ class SyncSettings:
         if self.rpo_s <= 0 or self.drain_timeout_s <= 0 or not 1 <= self.threads <= 64:
             raise InvalidRequestError("rpo_s and drain_timeout_s must be positive, threads from 1 to 64")
         if not (
-            MIB <= self.segment_size <= 1024 * MIB and self.batch_size > 0 and self.checkpoint_segments > 0
+            4096 <= self.segment_size <= 1024 * MIB and self.batch_size > 0 and self.checkpoint_segments > 0
         ):
-            raise InvalidRequestError("segments have 1 MiB to 1 GiB; batches and checkpoints cannot be empty")
+            raise InvalidRequestError("segments have 4 KiB to 1 GiB; batches and checkpoints cannot be empty")
         if self.window < self.segment_size:
             raise InvalidRequestError("the window must hold at least one segment")
         if self.rate_bps is not None and self.rate_bps <= 0:

@@ -28,6 +28,16 @@ def test_every_chunk_comes_once_and_cold_ones_come_first(values: list[float], da
             assert first < second
 
 
+def test_heat_that_changes_meanwhile_loses_no_chunk() -> None:
+    """The guest goes on writing while its chunks are being taken."""
+    heat = np.array([8, 4, 2, 1, 0, 0, 1, 2, 4, 8], dtype=np.float32)
+    ordered: list[int] = []
+    for part in coldest_first(np.arange(10), heat):
+        ordered += part.tolist()
+        heat[:] = 16 - heat
+    assert ordered == [4, 5, 3, 6, 2, 7, 1, 8, 0, 9]
+
+
 def test_a_uniform_disk_is_stored_in_its_own_order() -> None:
     chunks = np.arange(200_000, dtype=np.int64)
     parts = list(coldest_first(chunks, np.zeros(200_000, dtype=np.float32)))
