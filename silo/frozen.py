@@ -217,7 +217,10 @@ class Cut:
         self._space.close()
 
     def commit(self) -> None:
-        """The commit is *known*: what was in the cut is clean, unless it was written again."""
+        """The commit is *known*: what was in the cut is clean, unless it was written again.
+
+        Every chunk must have been released before the store was asked: an overflow after that would be too late.
+        """
         self._end(settle)
 
     def abandon(self) -> None:

@@ -106,7 +106,8 @@ class Group:
         )
         for name, volume in self.volumes.items():
             part = VolumeCut(name, volume.geometry, volume.device, volume.chunks, space, cut.overflow)
-            parts[name] = volume.cut = part
+            parts[name] = part
+            volume.begin_cut(part)
         self._cut = cut
         return cut
 

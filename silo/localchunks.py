@@ -221,6 +221,13 @@ class LocalChunks:
             take_migration(self.chunks)
         self._marks = SYNC_DIRTY | MIGRATION_DIRTY if on else SYNC_DIRTY
 
+    def begin_cut(self, cut: VolumeCut) -> None:
+        """From now on old content is kept for ``cut``, until ``self.cut`` is ``None`` again."""
+        self.cut = cut
+        # A write under way may land after the cut has read its chunk, and the process may die before it marks again.
+        for chunk in self._writers:
+            self.chunks.mark(chunk, self._marks)
+
     # ---- copy-before-write ------------------------------------------------------------------------------
 
     def _copy_aside_nowait(self, chunk: int) -> bool:

@@ -7,10 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from silo.chunkmap import LOCKED, Residency
+from silo.chunkmap import LOCKED, SYNC_DIRTY, Residency
 from silo.errors import FencedError, UnavailableError
 from tests.support.held import HeldDevice, everything_else, interleaved
-from tests.support.volumes import CHUNK, DictSource, make_volume, states
+from tests.support.volumes import CHUNK, DictSource, chunks_with, make_volume, states
 
 BLOCK = 512
 OLD, NEW, NEWER = b"o" * CHUNK, b"n" * CHUNK, b"r" * CHUNK
@@ -69,6 +69,23 @@ async def test_slow_writes_to_one_present_chunk_overlap():
         assert not zeroed.done()
         second.release()
     assert states(volume) == [Residency.ZERO_UNPUNCHED]
+
+
+@interleaved
+async def test_a_chunk_is_dirty_while_a_write_to_it_is_under_way():
+    """The cut may have read it before the write lands, and the process may die before the write marks it again."""
+    device = HeldDevice(CHUNK, slow="write", hold="write")
+    group, volume = make_volume(device)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(volume.write(0, NEW))
+        write = await device.next("write")
+        cut = group.take()
+        assert cut.volumes["disk"].data.tolist() == [0]
+        cut.volumes["disk"].release(0)
+        cut.commit()
+        assert chunks_with(volume, SYNC_DIRTY) == [0]
+        write.release()
+    assert chunks_with(volume, SYNC_DIRTY) == [0]
 
 
 @interleaved

@@ -7,6 +7,8 @@ A request that failed or was cancelled stays possible until then, but can have n
 
 So a read may return what was possible at some time while it ran, and a cut must hold, in every block, what was
 possible at its instant.
+
+After a power loss a block may hold what was possible when the last flush began that has ended, or what came since.
 """
 
 from __future__ import annotations
@@ -54,6 +56,14 @@ class Reading:
     allowed: list[set[int]]
 
 
+@attrs.define(eq=False)
+class Flush:
+    """A flush in progress, and what each block might hold when it began."""
+
+    began: int
+    possible: list[set[Request]]
+
+
 class Oracle:
     """One volume. ``name`` is for messages; the content begins with the given stamps, one per block."""
 
@@ -61,6 +71,7 @@ class Oracle:
         self.name = name
         self._ticks = 0
         self._possible = [{Request(block, block + 1, stamp, 0, 0)} for block, stamp in enumerate(stamps)]
+        self._durable = [set(requests) for requests in self._possible]
         self._readings: set[Reading] = set()
 
     def _tick(self) -> int:
@@ -72,6 +83,7 @@ class Oracle:
         request = Request(first, limit, stamp, self._tick())
         for block in range(first, limit):
             self._possible[block].add(request)
+            self._durable[block].add(request)
             for reading in self._readings:
                 if 0 <= block - reading.first < len(reading.allowed):
                     reading.allowed[block - reading.first].add(stamp)
@@ -99,6 +111,19 @@ class Oracle:
         self._readings.remove(reading)
         if content is not None:
             self.check(content, reading.allowed, reading.first, "a read")
+
+    def begin_flush(self) -> Flush:
+        """A flush begins."""
+        return Flush(self._tick(), [set(requests) for requests in self._possible])
+
+    def end_flush(self, flush: Flush) -> None:
+        """It returned: what was older than the possible contents at its beginning is gone for good."""
+        for requests, possible in zip(self._durable, flush.possible, strict=True):
+            requests &= possible | {request for request in requests if request.began > flush.began}
+
+    def durable(self) -> list[set[int]]:
+        """The stamps that each block may hold if the power fails at this instant."""
+        return [{request.stamp for request in requests} for requests in self._durable]
 
     def now(self) -> list[set[int]]:
         """The stamps that each block may hold at this instant."""
