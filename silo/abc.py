@@ -308,7 +308,7 @@ class Workload(abc.ABC):
         """What this workload can do; if not said otherwise, what it has hooks for. Must return at once."""
         kind = type(self)
         return Capabilities(
-            quiesce=kind.quiesce is not Workload.quiesce,
+            quiesce=(kind.quiesce, kind.unquiesce) != (Workload.quiesce, Workload.unquiesce),
             captures_state=kind.capture is not Workload.capture,
         )
 

@@ -1,7 +1,7 @@
 """What happens to a group, for whoever watches: frozen values, one stream per migration.
 
-Observers (`silo.hooks.observers`) get each event in order. Before the guest is stopped an observer may end the
-migration by raising anything from a `PhaseEntered` event; otherwise its errors are reported and change nothing.
+Observers (`silo.hooks.observers`) get each event in order, and until the guest is stopped they may end the
+migration by raising; later their errors are reported and change nothing.
 Times are `Clock.monotonic` seconds, sizes are bytes. ``as_dict`` gives what ``--json`` prints: plain
 values under the names of the attributes, and the kind of event under ``event``.
 """
@@ -151,7 +151,8 @@ class MigrationReport:
 
     group: str
     migration: str
-    outcome: Outcome
+    outcome: Outcome | None = None
+    """``None`` while it goes on."""
     reason: str = ""
     phases: tuple[PhaseTiming, ...] = ()
     duration_s: float = 0.0

@@ -58,7 +58,7 @@ class CommandWorkload(Workload):
     def caps(self) -> Capabilities:
         """What there are commands for. Whatever is suspended without a command cannot run on by one."""
         return Capabilities(
-            quiesce="quiesce" in self._commands,
+            quiesce="quiesce" in self._commands or "unquiesce" in self._commands,
             captures_state="capture" in self._commands,
             can_unsuspend="unsuspend" in self._commands or "suspend" not in self._commands,
         )

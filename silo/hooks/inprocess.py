@@ -45,7 +45,9 @@ class CallbackWorkload(NullWorkload):
             raise InvalidRequestError(
                 f"a workload has no hook {', '.join(unknown)}", hint=f"hooks are {', '.join(HOOKS)}"
             )
-        self._caps = Capabilities(quiesce="quiesce" in hooks, captures_state="capture" in hooks)
+        self._caps = Capabilities(
+            quiesce="quiesce" in hooks or "unquiesce" in hooks, captures_state="capture" in hooks
+        )
         for name, hook in hooks.items():
             setattr(self, name, hook)
 

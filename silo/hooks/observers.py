@@ -6,10 +6,11 @@ see `silo.hooks.calls`, which calls observers like any other hook. Only `silo.ev
 out, when a newer one came before it was delivered.
 
 `Observers.consent` asks everybody and raises when somebody objects, and so it is called where a migration can
-still turn back. An observer objects by raising; one that is overdue has not agreed, which is the same. Whoever
+still turn back. To object an observer raises. It may do so early: a `silo.SiloError` that it raised over any event
+before is an objection, too. One that is overdue when it is asked has not agreed, which is the same. Whoever
 only wants to look on, and hold up nothing, reads the migration's stream of events instead.
 
-Errors on all other occasions are logged.
+All other errors are logged and change nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
 from silo.abc import Clock
-from silo.errors import MigrationError, SiloError
+from silo.errors import MigrationError, SiloError, UnavailableError
 from silo.events import MigrationEvent, Progress
 from silo.hooks.calls import HookCalls
 
@@ -54,6 +55,7 @@ class Observers:
         self._clock = clock
         self._timeout_s = timeout_s
         self._waiting: deque[MigrationEvent] = deque()
+        self._objections: list[UnavailableError] = []
         self._news = asyncio.Event()
         self._delivery = asyncio.Lock()
 
@@ -69,12 +71,12 @@ class Observers:
     async def consent(self, event: MigrationEvent) -> None:
         """Return when every observer has seen the event and all before it, and nobody objects.
 
-        Raises `MigrationError` with the first objection; the others have seen the event all the same. Takes at
-        most the time of the events that wait. A cancellation interrupts the observers.
+        Raises `MigrationError` with the first objection; the others have seen the event all the same. Takes no
+        longer than observers may take for it and for the events that wait. A cancellation interrupts them.
         """
         async with self._delivery:
             await self._deliver_waiting()
-            objections = await self._deliver(event)
+            objections = self._objections + await self._deliver(event)
         if objections:
             raise MigrationError(
                 f"an observer objects: {objections[0].message}", hint=objections[0].hint
@@ -96,10 +98,13 @@ class Observers:
         while self._waiting:
             event = self._waiting.popleft()
             for error in await self._deliver(event):
-                log.warning("%s, told of %s", error, type(event).__name__)
+                if isinstance(error.__cause__, SiloError):
+                    self._objections.append(error)
+                else:
+                    log.warning("%s (event %s)", error, type(event).__name__)
         self._news.clear()
 
-    async def _deliver(self, event: MigrationEvent) -> list[SiloError]:
+    async def _deliver(self, event: MigrationEvent) -> list[UnavailableError]:
         """Tell everybody at the same time. Returns what they raised, in their order."""
         deadline = self._clock.monotonic() + self._timeout_s
         async with asyncio.TaskGroup() as group:
@@ -112,10 +117,10 @@ class Observers:
 
 async def _tell(
     observer: Observer, calls: HookCalls, event: MigrationEvent, deadline: float
-) -> SiloError | None:
+) -> UnavailableError | None:
     name = getattr(observer, "__qualname__", type(observer).__qualname__)
     try:
         await calls.call(f"observer {name}", deadline, observer, event)
-    except SiloError as error:
+    except UnavailableError as error:
         return error
     return None

@@ -157,10 +157,14 @@ class _Shell:
             if not ended.done():
                 ended.set_result(None)
 
+        def has_ended() -> None:
+            self._ended = True
+            end()
+
         try:
             for pipe in self._pipes():
                 loop.add_reader(pipe, hear, pipe)
-            loop.add_reader(self._pidfd, end)
+            loop.add_reader(self._pidfd, has_ended)
             await ended
         finally:
             for file in (*self._pipes(), self._pidfd):
@@ -171,7 +175,6 @@ class _Shell:
                     break
         if self._is_too_much():
             raise CapacityError(f"its command put out more than {self._output_max} bytes")
-        self._ended = True
 
     def _hear(self, pipe: int) -> bool:
         """Take what is there now. False when there will be no more."""
@@ -209,6 +212,8 @@ class _Shell:
 
     def _kill(self, group: int) -> None:
         """Signal everybody, and wait a little in between."""
+        for pipe in self._pipes():
+            self._hear(pipe)
         log.warning("a command is interrupted; the last that it said: %s", self._last_words() or "nothing")
         _signal(group, signal.SIGTERM)
         waiting = select.poll()
