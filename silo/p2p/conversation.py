@@ -72,16 +72,15 @@ CONVERSATION: Final[dict[_Step, Phase]] = {
     ),
     **_stay(P.COPYING, Side.TARGET, (K.ACK, K.DECLINED)),
     **_stay(
-        P.HANDED, Side.SOURCE, (K.ZEROS, K.CHUNK, K.PART, K.HANDOVER, K.WITHDRAW, K.DRAINED, K.RELEASED)
+        P.HANDED, Side.SOURCE, (K.ZEROS, K.CHUNK, K.WITHDRAW, K.DRAINED, K.RELEASED)
     ),
     **_stay(P.HANDED, Side.TARGET, (K.ACK, K.DECLINED, K.TAKEN, K.NEED, K.NEED_END, K.EVACUATED)),
     **_stay(P.DEMAND, Side.SOURCE, (K.CHUNK, K.UNAVAILABLE)),
     **_stay(P.DEMAND, Side.TARGET, (K.WANT,)),
     **{
-        (phase, side, type_): phase
+        (phase, side, K.PING): phase
         for phase in (P.NEW, P.OFFERED, P.COPYING, P.HANDED, P.DEMAND)
         for side in Side
-        for type_ in (K.PING, K.PONG)
     },
 }  # fmt: skip
 

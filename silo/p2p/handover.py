@@ -37,7 +37,18 @@ import attrs
 
 from silo.errors import InvariantError
 
-__all__ = ["SOURCE", "TARGET", "Effect", "Event", "Machine", "Mark", "SourceState", "Table", "TargetState"]
+__all__ = [
+    "SOURCE",
+    "TARGET",
+    "Effect",
+    "Event",
+    "Machine",
+    "Mark",
+    "SourceState",
+    "State",
+    "Table",
+    "TargetState",
+]
 
 
 class SourceState(enum.Enum):
@@ -215,6 +226,7 @@ SOURCE: Final = Table(
         (S.RECLAIMING, V.TAKEN): S.SERVING,
         (S.RECLAIMING, V.EVACUATED): S.RELEASING,
         (S.RECLAIMING, V.DECLINED): S.RECLAIMING,
+        (S.RECLAIMING, V.FAILED): S.RECLAIMING,
         (S.RESUMING, V.DONE): S.ABORTED,
         (S.RESUMING, V.FAILED): S.RESUMING,
         (S.RESUMING, V.DECLINED): S.RESUMING,

@@ -22,8 +22,10 @@ from silo.p2p.chunksets import decode_window, encode_set
 from silo.p2p.wire import DIGEST_SIZE, MIGRATION_ID_SIZE, Frame, FrameType, frame_header
 
 __all__ = [
+    "FINAL_ROUND",
     "HEAT_WINDOW",
     "PROTOCOL_VERSIONS",
+    "TEXT_MAX",
     "VOLUMES_MAX",
     "Accept",
     "Ack",
@@ -62,16 +64,19 @@ PROTOCOL_VERSIONS: Final = (1, 1)
 VOLUMES_MAX: Final = 256
 HEAT_WINDOW: Final = 1 << 16
 """Chunks whose heat one message carries."""
+FINAL_ROUND: Final = (1 << 32) - 1
+"""The round of everything that is sent after the handover: the content does not change any more."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=255)]
-Text = Annotated[str, Meta(max_length=2000)]
+TEXT_MAX: Final = 2000
+Text = Annotated[str, Meta(max_length=TEXT_MAX)]
 U16 = Annotated[int, Meta(ge=0, lt=1 << 16)]
 U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
-U63 = Annotated[int, Meta(ge=0, lt=1 << 63)]
+U63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 MigrationId = Annotated[bytes, Meta(min_length=MIGRATION_ID_SIZE, max_length=MIGRATION_ID_SIZE)]
 Digest = Annotated[bytes, Meta(min_length=DIGEST_SIZE, max_length=DIGEST_SIZE)]
-Token = Annotated[bytes, Meta(max_length=64)]
+Proof = Annotated[str, Meta(max_length=64)]
 SetData = Annotated[bytes, Meta(min_length=2, max_length=(1 << 17) + 1)]
 
 
@@ -166,13 +171,12 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     volumes: Annotated[list[VolumeOffer], Meta(min_length=1, max_length=VOLUMES_MAX)]
     generation: U63 | None
     """The oldest generation that the target may start from; ``None`` when the source has no store."""
-    epoch: U63
+    proof: Proof = ""
+    """What the source has written to its store; the target must find it in its own (safety rule 7)."""
 
 
 class Accept(msgspec.Struct, frozen=True, kw_only=True):
-    """Target: send. ``proof`` is what it read from the register (safety rule 7), empty without a store."""
-
-    proof: Token = b""
+    """Target: send. It sees the same register, and has everything that it needs."""
 
 
 class Heat(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+import attrs
+
+from silo.abc import Clock, Transport
 from silo.events import MigrationEvent
+from silo.p2p.settings import MigrationSettings
 from silo.p2p.terms import Standing, Terms, Verdict
 
-__all__ = ["Consent", "Emit", "Guest", "Ownership", "Records"]
+__all__ = ["Consent", "Emit", "Guest", "Ownership", "Plugs", "Records", "Site"]
 
 Emit = Callable[[MigrationEvent], None]
 """Takes an event; must not raise or wait."""
@@ -96,3 +100,36 @@ class Guest(Protocol):
     async def unsuspend(self) -> None: ...
 
     async def fence(self) -> None: ...
+
+
+def _tell_nobody(event: MigrationEvent) -> None:
+    """Without observers."""
+
+
+async def _object_never(event: MigrationEvent) -> None:
+    """Without observers."""
+
+
+@attrs.frozen(kw_only=True)
+class Site:
+    """What a host brings to all of its migrations."""
+
+    host: str
+    """A name of this host that its state directory keeps: the other side must meet the same host again."""
+    transport: Transport
+    clock: Clock
+    settings: MigrationSettings = attrs.field(factory=MigrationSettings)
+
+
+@attrs.frozen(kw_only=True)
+class Plugs:
+    """What a group brings to one migration."""
+
+    records: Records
+    guest: Guest
+    ownership: Ownership | None = None
+    """``None`` without a store: then the target's state directory decides who owns the group."""
+    emit: Emit = _tell_nobody
+    consent: Consent = _object_never
+    bytes_store: Callable[[], int] = int
+    """Target: content pulled from the store so far, for the report."""

@@ -153,6 +153,10 @@ class Planner:
         self.round += 1
         return self.round
 
+    def end_rounds(self, final: int) -> None:
+        """The guest is stopped: nothing changes any more. What is sent from here on is of round ``final``."""
+        self.round = final
+
     def changed(self, volume: int, chunks: Indices) -> None:
         """These have changed since the last round (or, in the first, since the base)."""
         plan = self._plans[volume]
@@ -184,14 +188,19 @@ class Planner:
         plan.flags[covered] = 0
         plan.unique -= len(covered)
 
-    def missing(self, volume: int) -> Indices:
-        """The chunks of which the target lacks the newest content, ascending."""
-        return np.flatnonzero(self._plans[volume].flags & UNIQUE)
+    def missing(self, volume: int, first: int = 0, limit: int | None = None) -> Indices:
+        """The chunks (of a run of them) of which the target lacks the newest content, ascending."""
+        return np.flatnonzero(self._plans[volume].flags[first:limit] & UNIQUE) + first
 
     @property
     def unique_bytes(self) -> int:
         """About how much only we have, in whole chunks."""
         return sum(plan.unique * plan.geometry.chunk_size for plan in self._plans)
+
+    @property
+    def wanted_chunks(self) -> int:
+        """How many chunks are still to be sent."""
+        return sum(int(plan.wanted.sum()) for plan in self._plans)
 
     @property
     def wanted_bytes(self) -> int:

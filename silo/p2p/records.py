@@ -17,12 +17,13 @@ import itertools
 from typing import Annotated, Final, TypeVar
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
 from silo.chunkmap import Indices, join_indices
 from silo.errors import CapacityError, CorruptionError, RemoteProtocolError
 from silo.geometry import Geometry
-from silo.p2p.chunksets import decode_window, encode_set
+from silo.p2p.chunksets import SET_WINDOW, decode_window, encode_set
 from silo.p2p.handover import Mark
 from silo.p2p.messages import VOLUMES_MAX, MigrationId, Name, SetData, VolumeOffer
 from silo.p2p.terms import Terms
@@ -42,6 +43,7 @@ __all__ = [
     "decode_offer_record",
     "encode_handover",
     "encode_record",
+    "pack_all",
     "pack_set",
     "unpack_set",
 ]
@@ -77,8 +79,6 @@ class HandoverBody(msgspec.Struct, frozen=True, kw_only=True):
     migration: MigrationId
     group: Name
     source_host: Name
-    round: Annotated[int, Meta(ge=0, lt=1 << 32)]
-    """Pushes of older rounds are refused for what is missing."""
     terms: Terms
     volumes: Annotated[tuple[VolumeSets, ...], Meta(min_length=1, max_length=VOLUMES_MAX)]
     state: Annotated[bytes, Meta(max_length=STATE_SIZE_MAX)]
@@ -92,7 +92,6 @@ class HandoverRecord(msgspec.Struct, frozen=True, kw_only=True):
     """An encoded `HandoverBody`; empty once evacuated."""
     migration: MigrationId
     source_host: Name
-    bytes_store: int = 0
 
 
 class OfferRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +115,14 @@ _ENCODER: Final = msgspec.msgpack.Encoder()
 def pack_set(chunks: Indices) -> PackedSet:
     """A set as it stands in a body."""
     return tuple(encode_set(chunks))
+
+
+def pack_all(chunk_count: int) -> PackedSet:
+    """Every chunk of a volume, without listing them."""
+    packed: PackedSet = ()
+    for first in range(0, chunk_count, SET_WINDOW):
+        packed += pack_set(np.arange(first, min(first + SET_WINDOW, chunk_count), dtype=np.int64))
+    return packed
 
 
 def unpack_set(packed: PackedSet, geometry: Geometry) -> Indices:

@@ -88,7 +88,6 @@ class FrameType(enum.IntEnum):
     WANT = 21
     UNAVAILABLE = 22
     PING = 23
-    PONG = 24
 
 
 class Encoding(enum.IntEnum):
@@ -104,7 +103,6 @@ _LIMITS: Final[dict[int, int]] = {
     FrameType.CHUNK: CHUNK_HEADER_SIZE + CHUNK_SIZE_MAX,
     FrameType.PART: PART_SIZE_MAX,
     FrameType.PING: 0,
-    FrameType.PONG: 0,
 }
 
 

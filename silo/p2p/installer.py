@@ -1,0 +1,166 @@
+"""The target's receiving: chunks are verified and installed, and older versions are refused.
+
+Versions (safety rule 12). Before the handover every push carries the round in which it was read, and a chunk
+takes none that is older than its last invalidation. After it, content does not change any more, and only what
+was sent as final counts. So whatever a connection still held when it broke cannot do harm, and neither can anything
+of another migration.
+
+Installing is filling: only what is absent is written, so the guest always wins, and doing it twice is harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from silo.abc import Buffer, Clock
+from silo.chunkmap import RESIDENCY_MASK, SYNC_DIRTY, Indices, Residency, runs_of
+from silo.errors import RemoteProtocolError
+from silo.p2p.messages import FINAL_ROUND, Heat, Invalidate, Zeros, message_set
+from silo.p2p.meter import Meter
+from silo.p2p.peer_source import PeerSource
+from silo.p2p.precopy import dequantise
+from silo.p2p.records import HandoverBody, unpack_set
+from silo.p2p.wire import ChunkFrame, Encoding
+from silo.volume import Volume
+
+__all__ = ["Installer"]
+
+
+class Installer:
+    """See the module. Volumes are numbered as in the offer. Nothing is durable before the group was flushed."""
+
+    def __init__(self, migration: bytes, volumes: Sequence[Volume], peer: PeerSource, clock: Clock) -> None:
+        self.is_final = False
+        """The handover is applied: nothing is invalidated any more."""
+        self.meter = Meter()
+        self.volumes = volumes
+        self._clock = clock
+        self._migration = migration
+        self._peer = peer
+        self._round = 0
+        self._invalid: list[npt.NDArray[np.uint16]] = [
+            np.zeros(volume.chunks.count, dtype=np.uint16) for volume in volumes
+        ]
+        """The round of each chunk's last invalidation; of no use once final."""
+
+    async def start_empty(self) -> None:
+        """Whatever the devices hold is not of this migration: every chunk is absent, durably.
+
+        Otherwise a power loss after the handover could bring back what was there before.
+        """
+        for volume in self.volumes:
+            counts = volume.chunks.count_residency()
+            if sum(counts.values()) > counts[Residency.ABSENT_STORE] + counts[Residency.ABSENT_PEER]:
+                await volume.invalidate(0, volume.chunks.count, Residency.ABSENT_STORE)
+                await volume.checkpoint()
+
+    # ---- rounds -----------------------------------------------------------------------------------------
+
+    async def invalidate(self, message: Invalidate) -> None:
+        """The source has newer content of these chunks than it sent before."""
+        volume = self._volume(message.volume)
+        if self.is_final or not self._round <= message.round < FINAL_ROUND:
+            raise RemoteProtocolError(f"round {message.round} was announced after round {self._round}")
+        chunks = message_set(message, volume.chunks.count)
+        self._round = message.round
+        self._invalid[message.volume][chunks] = message.round
+        for first, limit in runs_of(chunks):
+            await volume.invalidate(first, limit, Residency.ABSENT_PEER)
+
+    async def install(self, frame: ChunkFrame) -> None:
+        """Verify a pushed or demanded chunk, and fill it if it is absent and the push is not outdated.
+
+        `RemoteProtocolError` when it is not what it says; raises what the device raises.
+        """
+        volume = self._volume(frame.volume)
+        if frame.migration != self._migration or frame.chunk >= volume.chunks.count:
+            raise RemoteProtocolError(f"chunk {frame.chunk} of another migration, or of no volume, was sent")
+        if frame.length != volume.geometry.extent_of(frame.chunk)[1]:
+            raise RemoteProtocolError(f"chunk {frame.chunk} of {volume.name} came with {frame.length} bytes")
+        content: Buffer | None = None
+        if frame.encoding is Encoding.RAW:
+            content = frame.payload
+            if blake3(content).digest() != frame.digest:
+                raise RemoteProtocolError(f"chunk {frame.chunk} of {volume.name} was damaged on its way")
+            self.meter.add(frame.length, self._clock.monotonic())
+        if not self._is_current(frame.round, frame.volume, frame.chunk):
+            return
+        if self._peer.arrived(frame.volume, frame.chunk, content):
+            return
+        if not volume.fill_nowait(frame.chunk, content):
+            await volume.fill(frame.chunk, content)
+
+    def install_zeros(self, message: Zeros) -> None:
+        """As `install`, for runs of zeros."""
+        volume = self._volume(message.volume)
+        chunks = message_set(message, volume.chunks.count)
+        if self.is_final or message.round == FINAL_ROUND:
+            current = chunks if self._is_current(message.round, message.volume, 0) else chunks[:0]
+        else:
+            current = chunks[self._invalid[message.volume][chunks] <= message.round]
+        self._peer.arrived_zeros(message.volume, current)
+        for first, limit in runs_of(current):
+            volume.fill_zeros_nowait(first, limit)
+
+    def _is_current(self, round_: int, volume: int, chunk: int) -> bool:
+        if self.is_final:
+            return round_ == FINAL_ROUND
+        if round_ == FINAL_ROUND:
+            raise RemoteProtocolError("final content was sent before the handover")
+        return round_ >= int(self._invalid[volume][chunk])
+
+    def adopt_heat(self, message: Heat) -> None:
+        """How hot chunks are at the source: what hydration and the next migration go by."""
+        volume = self._volume(message.volume)
+        limit = message.first + len(message.reads)
+        if len(message.reads) != len(message.writes) or limit > volume.chunks.count:
+            raise RemoteProtocolError(f"heat was sent for chunks that {volume.name} does not have")
+        for view, ranks in ((volume.heat.read_view, message.reads), (volume.heat.write_view, message.writes)):
+            counts = dequantise(np.frombuffer(ranks, dtype=np.uint8))
+            view[message.first : limit] += counts * np.float32(volume.heat.weight)
+
+    def _volume(self, number: int) -> Volume:
+        if number >= len(self.volumes):
+            raise RemoteProtocolError(f"volume {number} was named, which was not offered")
+        return self.volumes[number]
+
+    # ---- the handover -----------------------------------------------------------------------------------
+
+    def check(self, body: HandoverBody) -> None:
+        """`RemoteProtocolError` unless the handover is of this migration and of these volumes."""
+        here = [(volume.name, volume.geometry) for volume in self.volumes]
+        there = [(part.volume.name, part.volume.geometry()) for part in body.volumes]
+        if body.migration != self._migration or here != there:
+            raise RemoteProtocolError("the handover is of another migration, or of other volumes")
+
+    async def apply(self, body: HandoverBody) -> None:
+        """What is missing becomes absent. Once, before the record is written: later the guest may have written it."""
+        for volume, part in zip(self.volumes, body.volumes, strict=True):
+            missing = unpack_set(part.missing, volume.geometry)
+            for first, limit in runs_of(missing):
+                await volume.invalidate(first, limit, Residency.ABSENT_PEER)
+
+    def settle(self, body: HandoverBody) -> None:
+        """Say of all that is absent where it is to be had, and of all that no commit covers that it is dirty.
+
+        Harmless when repeated, and repeated after a restart.
+        """
+        for volume, part in zip(self.volumes, body.volumes, strict=True):
+            unsynced = unpack_set(part.unsynced, volume.geometry)
+            at_peer = volume.chunks.select(RESIDENCY_MASK, Residency.ABSENT_PEER)
+            in_store = volume.chunks.select(RESIDENCY_MASK, Residency.ABSENT_STORE)
+            for first, limit in runs_of(np.setdiff1d(at_peer, unsynced, assume_unique=True)):
+                volume.chunks.set_residency_run(first, limit, Residency.ABSENT_STORE)
+            for first, limit in runs_of(np.intersect1d(in_store, unsynced, assume_unique=True)):
+                volume.chunks.set_residency_run(first, limit, Residency.ABSENT_PEER)
+            volume.chunks.mark_many(unsynced, SYNC_DIRTY)
+        self.is_final = True
+        self._invalid = [np.zeros(0, dtype=np.uint16) for _ in self.volumes]
+
+    def needed(self) -> list[Indices]:
+        """The chunks of each volume that only the source has. Reads every map."""
+        return [volume.chunks.select(RESIDENCY_MASK, Residency.ABSENT_PEER) for volume in self.volumes]

@@ -1,0 +1,131 @@
+"""The source's link to its target: two connections, dialled together, kept for as long as they are needed.
+
+The source always dials, also after a restart of either side, so that the target needs no address of it. A link
+lives until one of its connections breaks; then both are closed and, after a delay that doubles, dialled anew.
+What a link means in the present state of the migration is decided by its `LinkUser`, in this order: `connected` is
+called as soon as the bulk lane is welcomed and may talk on it alone; then the demand lane is dialled, and
+messages, pushes and demands flow until the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Never, Protocol
+
+from silo.errors import ClosedError, LocalProtocolError, ProtocolError, UnavailableError
+from silo.p2p.channel import Channel, LinkRefused, dial
+from silo.p2p.messages import Hello, Lane, Message, Refused, Welcome, decode
+from silo.p2p.ports import Site
+from silo.p2p.pusher import Pusher
+from silo.p2p.signal import Signal
+from silo.tasks import task_group
+
+__all__ = ["LinkUser", "SourceLink"]
+
+_log = logging.getLogger(__name__)
+
+
+class LinkUser(Protocol):
+    """The migration, as its link sees it."""
+
+    def hello(self, lane: Lane, link: int) -> Hello:
+        """How we greet now."""
+
+    async def connected(self, channel: Channel, welcome: Welcome) -> None:
+        """A bulk lane is there. Returns when the link is ready for everything else."""
+
+    def disconnected(self) -> None:
+        """The bulk lane is gone, whether the link was ready or not."""
+
+    def received(self, message: Message) -> None:
+        """A control message came over the bulk lane. Raises `ProtocolError` to end the link."""
+
+    def refused(self, refusal: Refused) -> None:
+        """The target does not want us."""
+
+    def link_changed(self, *, up: bool, reason: str = "") -> None:
+        """The link is ready, or broke."""
+
+
+class SourceLink:
+    """See the module. `run` is its life; everything else may be looked at from outside."""
+
+    def __init__(self, url: str, site: Site, user: LinkUser, pusher: Pusher, changed: Signal) -> None:
+        self.bulk: Channel | None = None
+        """The bulk lane of the present link, once that is ready."""
+        self.error: Exception | None = None
+        """Why there is no link just now."""
+        self.down_since: float | None = site.clock.monotonic()
+        self._url = url
+        self._site = site
+        self._user = user
+        self._pusher = pusher
+        self._changed = changed
+        self._count = 0
+
+    async def run(self) -> Never:
+        """Dial and serve until cancelled. Never raises for what the link or the peer does."""
+        settings = self._site.settings
+        delay_s = settings.redial_min_s
+        while True:
+            try:
+                await self._live()
+            except LinkRefused as error:
+                self._lost(error)
+                self._user.refused(error.refusal)
+            except (UnavailableError, ClosedError, ProtocolError) as error:
+                if isinstance(error, LocalProtocolError):
+                    _log.exception("the link to %s was closed over a bug", self._url)
+                was_up = self.down_since is None
+                self._lost(error)
+                if was_up:
+                    delay_s = settings.redial_min_s
+            await asyncio.sleep(delay_s)
+            delay_s = min(2 * delay_s, settings.redial_max_s)
+
+    def _lost(self, error: Exception) -> None:
+        self.error = error
+        if self.down_since is None:
+            self.down_since = self._site.clock.monotonic()
+            self._user.link_changed(up=False, reason=str(error))
+        self._changed.notify()
+
+    async def _live(self) -> Never:
+        """One link, from the first dial to the first error, which it raises."""
+        self._count += 1
+        bulk, welcome = await self._dial(Lane.BULK)
+        try:
+            async with task_group() as tasks:
+                tasks.create_task(bulk.keep_alive())
+                await self._user.connected(bulk, welcome)
+                demand, _ = await self._dial(Lane.DEMAND)
+                await self._serve(bulk, demand)
+        finally:
+            self.bulk = None
+            self._user.disconnected()
+            await bulk.aclose()
+        raise UnavailableError("the link ended")
+
+    async def _dial(self, lane: Lane) -> tuple[Channel, Welcome]:
+        hello = self._user.hello(lane, self._count)
+        return await dial(self._site.transport, self._url, hello, self._site.clock, self._site.settings)
+
+    async def _serve(self, bulk: Channel, demand: Channel) -> None:
+        try:
+            self.bulk, self.error, self.down_since = bulk, None, None
+            self._user.link_changed(up=True)
+            self._changed.notify()
+            async with task_group() as tasks:
+                tasks.create_task(demand.keep_alive())
+                tasks.create_task(self._pusher.serve_demands(demand))
+                tasks.create_task(self._pusher.push(bulk))
+                tasks.create_task(self._read(bulk))
+        finally:
+            await demand.aclose()
+
+    async def _read(self, bulk: Channel) -> Never:
+        while True:
+            for frame in await bulk.receive():
+                self._user.received(decode(frame))
+            self._changed.notify()

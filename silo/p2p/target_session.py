@@ -1,0 +1,299 @@
+"""What the target says and hears on its link: pushes, rounds, the handover, and demands.
+
+The source dials, so links simply appear here; the newest one counts. Before it is welcomed, the one before is
+closed, and everything that was read from it has been dealt with, so that nothing old can overtake anything new.
+
+The session turns frames into what they mean for the installer, and messages that matter to the handover into events
+of the driver; it decides nothing about ownership.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Never
+
+from blake3 import blake3
+
+from silo.abc import Clock
+from silo.errors import (
+    ClosedError,
+    MigrationError,
+    ProtocolError,
+    RemoteProtocolError,
+    SiloError,
+    UnavailableError,
+)
+from silo.events import LinkChanged
+from silo.p2p.channel import Channel, common_version
+from silo.p2p.chunksets import encode_set
+from silo.p2p.handover import Event, TargetState
+from silo.p2p.installer import Installer
+from silo.p2p.messages import (
+    Accept,
+    Ack,
+    Drained,
+    Handover,
+    Heat,
+    Hello,
+    Invalidate,
+    Lane,
+    Message,
+    Need,
+    NeedEnd,
+    Reason,
+    Refused,
+    Released,
+    Stage,
+    Unavailable,
+    Welcome,
+    Withdraw,
+    Zeros,
+    decode,
+)
+from silo.p2p.peer_source import PeerSource
+from silo.p2p.records import HANDOVER_SIZE_MAX, HandoverBody, decode_handover
+from silo.p2p.settings import MigrationSettings
+from silo.p2p.signal import Signal
+from silo.p2p.watch import Watch
+from silo.p2p.wire import Frame, FrameType, parse_chunk
+from silo.tasks import task_group
+
+__all__ = ["TargetSession"]
+
+_GONE = frozenset({TargetState.DISCARDING, TargetState.DISCARDED})
+_OURS = frozenset({TargetState.RESUMING, TargetState.RUNNING})
+"""States in which the source may still have something that we need."""
+
+
+class TargetSession:
+    """See the module. `serve` and `serve_accepted` are called by the reception, one task per connection."""
+
+    def __init__(
+        self,
+        host: str,
+        installer: Installer,
+        peer: PeerSource,
+        watch: Watch,
+        clock: Clock,
+        settings: MigrationSettings,
+        changed: Signal,
+        *,
+        state: Callable[[], TargetState],
+        post: Callable[[Event, SiloError | None], None],
+        standing: Callable[[], list[Message]],
+    ) -> None:
+        self.bulk: Channel | None = None
+        """The bulk lane of the present link."""
+        self.down_since: float | None = clock.monotonic()
+        self.handover: tuple[HandoverBody, bytes] | None = None
+        """What the source has handed over, and its bytes."""
+        self.is_drained = False
+        """The source has sent all that it meant to send, and we have dealt with it."""
+        self._host = host
+        self._installer = installer
+        self._peer = peer
+        self._watch = watch
+        self._clock = clock
+        self._settings = settings
+        self._changed = changed
+        self._state = state
+        self._post = post
+        self._standing = standing
+        self._number = -1
+        self._demand: Channel | None = None
+        self._ended = asyncio.Event()
+        self._ended.set()
+        self._takeover = asyncio.Lock()
+        self._parts = bytearray()
+
+    # ---- connections ------------------------------------------------------------------------------------
+
+    async def serve_accepted(self, channel: Channel, hello: Hello) -> None:
+        """The connection over which the offer came: accept it, and serve it until it breaks, which is raised."""
+        await self._serve_bulk(channel, hello, Accept(), is_resumed=False)
+
+    async def serve(self, channel: Channel, hello: Hello) -> None:
+        """Another connection of the same migration: welcome it, and serve it until it breaks, which is raised."""
+        await self._changed.until(lambda: self._state() is not TargetState.RECORDING)
+        if self._state() in _GONE:
+            await self._refuse(channel, Reason.GONE, "this host has given the migration up")
+        elif hello.lane is Lane.BULK:
+            is_resumed = self._state() is not TargetState.RECEIVING
+            stage = Stage.HANDED if is_resumed else Stage.COPYING
+            await self._serve_bulk(channel, hello, self._welcome(hello, stage), is_resumed=is_resumed)
+        elif self.bulk is None or hello.link != self._number:
+            await self._refuse(channel, Reason.BUSY, "the demand lane belongs to another link")
+        else:
+            await self._serve_demand(channel, hello)
+
+    def _welcome(self, hello: Hello, stage: Stage) -> Welcome:
+        return Welcome(
+            version=common_version(hello), host=self._host, stage=stage, window=self._settings.window
+        )
+
+    async def _refuse(self, channel: Channel, reason: Reason, message: str) -> None:
+        await channel.send(Refused(reason=reason, host=self._host, message=message))
+
+    async def _serve_bulk(
+        self, channel: Channel, hello: Hello, greeting: Message, *, is_resumed: bool
+    ) -> None:
+        async with self._takeover:
+            await self.close()
+            await self._ended.wait()
+            self._ended = ended = asyncio.Event()
+            self._number, self._parts = hello.link, bytearray()
+            self.bulk, self.down_since, self.is_drained = channel, None, False
+        try:
+            await channel.send(greeting)
+            if isinstance(greeting, Welcome):
+                channel.conversation.welcomed(Lane.BULK, greeting.stage)
+            self._watch.tell(LinkChanged, up=True)
+            self._changed.notify()
+            async with task_group() as tasks:
+                tasks.create_task(channel.keep_alive())
+                if is_resumed:
+                    tasks.create_task(self._tell_standing(channel))
+                await self._read(channel)
+        except SiloError as error:
+            self._watch.tell(LinkChanged, up=False, reason=str(error))
+            raise
+        finally:
+            self.bulk, self.down_since = None, self._clock.monotonic()
+            ended.set()
+            self._changed.notify()
+            if self._demand is not None:
+                await self._demand.aclose()
+
+    async def _serve_demand(self, channel: Channel, hello: Hello) -> None:
+        self._demand = channel
+        bulk = self.bulk
+        try:
+            welcome = self._welcome(hello, hello.stage)
+            await channel.send(welcome)
+            channel.conversation.welcomed(Lane.DEMAND, welcome.stage)
+            async with task_group() as tasks:
+                tasks.create_task(channel.keep_alive())
+                tasks.create_task(self._peer.demand(channel))
+                await self._read_demanded(channel)
+        finally:
+            self._demand = None
+            if bulk is not None:
+                await bulk.aclose()  # a link is whole or broken
+
+    async def close(self) -> None:
+        """End the present link, if there is one."""
+        if self.bulk is not None:
+            await self.bulk.aclose()
+
+    async def say(self, *messages: Message) -> None:
+        """Say something on the present link. What is missed is said again on the next (`_tell_standing`)."""
+        bulk = self.bulk
+        if bulk is not None:
+            try:
+                await bulk.send(*messages)
+            except (UnavailableError, ClosedError, ProtocolError):
+                await bulk.aclose()  # its reader tells everybody
+
+    async def _tell_standing(self, channel: Channel) -> None:
+        """On a link after the first: what we need, and what we said before and the source may have missed."""
+        await self._changed.until(lambda: self._state() is not TargetState.CLAIMING)
+        if self._state() in _OURS:
+            await channel.send(*self._need())
+        await channel.send(*self._standing())
+
+    async def say_need(self) -> None:
+        """Say on the present link everything that only the source has."""
+        await self.say(*self._need())
+
+    def _need(self) -> list[Message]:
+        needs: list[Message] = [
+            Need(volume=number, window=window, chunks=data)
+            for number, chunks in enumerate(self._installer.needed())
+            for window, data in encode_set(chunks)
+        ]
+        return [*needs, NeedEnd()]
+
+    # ---- frames -----------------------------------------------------------------------------------------
+
+    async def _read(self, channel: Channel) -> Never:
+        pushes = 0
+        while True:
+            before = pushes
+            is_drained = False
+            for frame in await channel.receive():
+                if frame.type is FrameType.CHUNK:
+                    await self._installing(frame)
+                    pushes += 1
+                elif frame.type is FrameType.PART:
+                    self._add_part(frame)
+                else:
+                    message = decode(frame)
+                    pushes += isinstance(message, Zeros)
+                    is_drained |= isinstance(message, Drained)
+                    await self._received(message)
+            if pushes != before:
+                await channel.send(Ack(pushes=pushes))
+            if is_drained:
+                self.is_drained = True
+                self._changed.notify()
+            await asyncio.sleep(0)  # receiving may not have given way to anybody
+
+    async def _installing(self, frame: Frame) -> None:
+        """Install a chunk. When that fails here, and not at the peer, the migration fails."""
+        try:
+            await self._installer.install(parse_chunk(frame.payload))
+        except ProtocolError:
+            raise
+        except SiloError as error:
+            self._post(Event.FAILED, error)
+            raise
+
+    def _add_part(self, frame: Frame) -> None:
+        if len(self._parts) + len(frame.payload) > HANDOVER_SIZE_MAX:
+            raise RemoteProtocolError("the handover is larger than any can be")
+        self._parts += frame.payload
+
+    async def _received(self, message: Message) -> None:
+        match message:
+            case Invalidate():
+                await self._installer.invalidate(message)
+            case Zeros():
+                self._installer.install_zeros(message)
+            case Heat():
+                self._installer.adopt_heat(message)
+            case Handover():
+                await self._take_handover(message)
+            case Withdraw():
+                self._post(Event.WITHDRAW, MigrationError(f"the source withdrew: {message.message}"))
+            case Released():
+                self._post(Event.RELEASED, None)
+            case Drained():
+                pass  # noted when everything before it has been dealt with
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__} is not for the target")
+
+    async def _take_handover(self, message: Handover) -> None:
+        """Check the handover, give it to the driver, and listen on when it was applied."""
+        encoded = bytes(self._parts)
+        self._parts = bytearray()
+        if len(encoded) != message.length or blake3(encoded).digest() != message.digest:
+            raise RemoteProtocolError("the handover was damaged on its way")
+        body = decode_handover(encoded)
+        self._installer.check(body)
+        self.handover = (body, encoded)
+        self._post(Event.HANDOVER, None)
+        # No deadline: what follows is our own work, and ends in one of the two.
+        await self._changed.until(lambda: self._installer.is_final or self._state() in _GONE)
+
+    async def _read_demanded(self, channel: Channel) -> Never:
+        while True:
+            for frame in await channel.receive():
+                if frame.type is FrameType.CHUNK:
+                    await self._installing(frame)
+                    continue
+                message = decode(frame)
+                if not isinstance(message, Unavailable):
+                    raise RemoteProtocolError("the demand lane carried something else than a chunk")
+                self._peer.unavailable(message.volume, message.chunk, message.message)
+            await asyncio.sleep(0)
