@@ -16,21 +16,25 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from silo.abc import BlockDevice, Clock, ObjectStore, Transport, Workload
+from silo.arriving import Arrival, prepare_arrival
 from silo.clock import SystemClock
 from silo.errors import ClosedError, InvalidRequestError, SiloError
 from silo.exporting import Exporter, GroupExport
 from silo.group import CopyLimits, Group
 from silo.hooks.runner import WorkloadRunner
 from silo.hosted import HostedGroup
-from silo.opening import VolumeSpec, claim_group, open_volumes, preparation
+from silo.opening import VolumeSpec, claim_group, open_volumes, preparation, reopen_volumes
 from silo.p2p.ports import Site
+from silo.p2p.reception import IncomingOffer, Reception
+from silo.p2p.records import HANDOVER_RECORD, OFFER_RECORD
 from silo.p2p.settings import MigrationSettings
+from silo.p2p.target import TargetMigration
 from silo.p2p.transport import PlainTransport
 from silo.statedir import GroupState, StateDir
 from silo.storelink import StoreLink
@@ -63,6 +67,9 @@ class Host:
         self._transport = transport or PlainTransport()
         self._migration = migration or MigrationSettings()
         self._site: Site | None = None
+        self._reception: Reception | None = None
+        self.peer_url = ""
+        """Where other hosts reach this one, with the port that was really bound."""
         self._state: StateDir | None = None
         self._tasks = asyncio.TaskGroup()
         self._exporter: Exporter | None = None
@@ -77,6 +84,10 @@ class Host:
             settings=self._migration,
         )
         await self._tasks.__aenter__()
+        self._reception = Reception(self._site)
+        if self._listen is not None:
+            self.peer_url = await self._reception.listen(self._listen)
+            self._tasks.create_task(self._reception.run())
         self._exporter = Exporter(self._tasks)
         self._ticker = self._tasks.create_task(self._tick())
         return self
@@ -93,6 +104,8 @@ class Host:
                 except SiloError as failure:
                     errors.append(failure)
         finally:
+            if self._reception is not None:
+                await self._reception.aclose()
             if self._exporter is not None:
                 await self._exporter.aclose()
             if self._ticker is not None:
@@ -140,10 +153,7 @@ class Host:
         `UnavailableError` when the store does not answer. Then, and after a cancellation, the devices are closed
         and nothing is left but perhaps a claim, which this host can repeat.
         """
-        specs = {
-            volume: device if isinstance(device, VolumeSpec) else VolumeSpec(device)
-            for volume, device in devices.items()
-        }
+        specs = _specs(devices)
         try:
             if not specs:
                 raise InvalidRequestError(f"group {name} needs at least one volume")
@@ -170,17 +180,85 @@ class Host:
         link: StoreLink | None = None
         try:
             link = await self._open_link(state, store, sync, fetch)
-            head = await claim_group(state, link, specs, force=host_is_dead)
-            group = Group(name, self.clock, copies=copies)
-            await open_volumes(group, state, link, head, specs)
+            offer = await state.read_record(OFFER_RECORD)
+            handover = await state.read_record(HANDOVER_RECORD)
+            unfinished = offer is not None or handover is not None
+            head = None if unfinished else await claim_group(state, link, specs, force=host_is_dead)
+            group = Group(name, self.clock, is_open=not unfinished, copies=copies)
+            if unfinished:
+                await reopen_volumes(group, state, link, specs)
+            else:
+                await open_volumes(group, state, link, head, specs)
             hosted = self._hosted(group, state, link, workload)
-            await hosted.start()
+            if handover is not None:
+                self._continue_arriving(hosted, handover)
+            elif offer is not None:
+                hosted.continue_leaving(offer)
+            else:
+                await hosted.start()
         except BaseException:
             if link is not None:
                 await link.close(drain=False)
             await state.aclose()
             raise
         return hosted
+
+    # ---- groups that arrive -------------------------------------------------------------------------------
+
+    async def offers(self) -> AsyncIterator[Arrival]:
+        """The groups that other hosts would move here, as they come. No deadline: waiting is what it is for."""
+        reception = self._running_reception()
+        async for offer in reception.offers():
+            yield Arrival(offer, self)
+
+    async def accept(
+        self,
+        offer: IncomingOffer,
+        devices: Mapping[str, BlockDevice | VolumeSpec],
+        *,
+        store: str | ObjectStore | None,
+        sync: SyncSettings | None,
+        fetch: FetchSettings | None,
+        workload: Workload | None,
+        copies: CopyLimits | None,
+        export: str | None,
+    ) -> HostedGroup:
+        """See `Arrival.accept`."""
+        specs = _specs(devices)
+        state: GroupState | None = None
+        link: StoreLink | None = None
+        try:
+            state = await self._open_state(offer.group)
+            link = await self._open_link(state, store, sync, fetch)
+            group = Group(offer.group, self.clock, is_open=False, copies=copies)
+            await prepare_arrival(offer, group, state, link, specs)
+            hosted = self._hosted(group, state, link, workload)
+            if export is not None:
+                await self.export(hosted, export)
+        except BaseException as error:
+            offer.refuse(
+                error.message if isinstance(error, SiloError) else "the host failed to prepare for it"
+            )
+            if link is not None:
+                await link.close(drain=False)
+            if state is not None:
+                await state.aclose()
+            for spec in specs.values():
+                await spec.device.aclose()
+            raise
+        hosted.arrive(lambda plugs: TargetMigration.accept(group, offer, self._running_site(), plugs))
+        self.groups[offer.group] = hosted
+        return hosted
+
+    def _continue_arriving(self, hosted: HostedGroup, record: bytes) -> None:
+        """After a restart: a migration to here was past its handover."""
+        reception, site = self._running_reception(), self._running_site()
+        hosted.arrive(lambda plugs: TargetMigration.restore(hosted.group, record, reception, site, plugs))
+
+    def _running_reception(self) -> Reception:
+        if self._reception is None:
+            raise ClosedError("the host is not running", hint="use `async with silo.Host(...) as host`")
+        return self._reception
 
     def _hosted(
         self, group: Group, state: GroupState, link: StoreLink | None, workload: Workload | None
@@ -241,3 +319,10 @@ class Host:
             await group.close(drain=drain)
         finally:
             self.groups.pop(group.name, None)
+
+
+def _specs(devices: Mapping[str, BlockDevice | VolumeSpec]) -> dict[str, VolumeSpec]:
+    return {
+        name: device if isinstance(device, VolumeSpec) else VolumeSpec(device)
+        for name, device in devices.items()
+    }

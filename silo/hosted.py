@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Coroutine, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, cast
 
 import numpy as np
 
 from silo.abc import Role
 from silo.chunkmap import RESIDENCY_MASK, SYNC_DIRTY, SYNC_IN_CUT, Residency
-from silo.errors import ClosedError, FencedError, InvalidRequestError, MigrationAborted, SiloError
+from silo.errors import (
+    ClosedError,
+    FencedError,
+    InvalidRequestError,
+    MigrationAborted,
+    SiloError,
+    UnavailableError,
+)
 from silo.events import MigrationReport
 from silo.exporting import Exporter
 from silo.group import Group
@@ -23,14 +30,19 @@ from silo.hooks.observers import Observer
 from silo.hooks.runner import WorkloadRunner
 from silo.hydrator import Hydrator
 from silo.moving import EventLog, Move
+from silo.opening import remember_taken
 from silo.p2p.ports import Plugs, Site
 from silo.p2p.records import OFFER_RECORD
 from silo.p2p.source import SourceMigration
+from silo.p2p.target import TargetMigration
 from silo.statedir import GroupState
 from silo.storelink import StoreLink
 from silo.volume import Volume
 
 __all__ = ["HostedGroup"]
+
+START_DELAY_MIN_S = 0.2
+START_DELAY_MAX_S = 10.0
 
 ABSENT = (Residency.ABSENT_STORE, Residency.ABSENT_PEER)
 
@@ -57,12 +69,16 @@ class HostedGroup:
         self.hydrator = Hydrator(group, site.clock)
         self.move: Move | None = None
         """The migration away from here, the latest one."""
+        self.arrival: EventLog | None = None
+        """The events of the migration to here."""
         self._exporter = exporter
         self._site = site
         self._clock = site.clock
         self._tasks = tasks
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._settled = asyncio.Event()
+        self._trouble: SiloError | None = None
 
     @property
     def name(self) -> str:
@@ -83,8 +99,28 @@ class HostedGroup:
         """Begin to sync and to hydrate. The group was claimed."""
         if self.link is not None:
             await self.link.start(self.group, self._tasks)
+        self._hydrate()
+        self._settle("running")
+
+    def _hydrate(self) -> None:
+        if self.link is not None:
+            self.link.fill_known_zeros(self.group)
         self._spawn(self.hydrator.run())
-        self.phase = "running"
+
+    def _settle(self, phase: str, error: SiloError | None = None) -> None:
+        """Whoever waits for the group to run learns how that ended."""
+        self.phase = phase
+        self._trouble = error
+        self._settled.set()
+
+    async def wait_running(self) -> None:
+        """Return when the group runs here. `MigrationAborted` when it did not arrive, whatever else kept it away.
+
+        No deadline: for a group that arrives the source decides when.
+        """
+        await self._settled.wait()
+        if self._trouble is not None:
+            raise self._trouble
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._tasks.create_task(work)
@@ -143,19 +179,73 @@ class HostedGroup:
             bytes_store=lambda: self.link.fetched_bytes if self.link else 0,
         )
 
+    def continue_leaving(self, record: bytes) -> None:
+        """After a restart: a migration away from here was past its offer."""
+        log = EventLog(self.name, self._clock)
+        migration = SourceMigration.restore(self.group, record, self._site, self._plugs(Role.SOURCE, log))
+        self.move = Move(log, lambda: self._leave(migration), self._tasks.create_task)
+        self.move.begin()
+
     async def _leave(self, migration: SourceMigration) -> MigrationReport:
         """One migration away from here, until this host is not needed any more, or the group is back."""
         self.phase = "moving away"
         try:
             report = await migration.run()
         except MigrationAborted:
-            self.phase = "running"
+            await self._start_patiently()
             raise
-        except FencedError:
-            self.phase = "fenced"
+        except FencedError as error:
+            self._settle("fenced", error)
             raise
+        self._settle("moved away", MigrationAborted(f"group {self.name} has moved to another host"))
         await self.close(forget=True)
         return report
+
+    def arrive(self, begin: Callable[[Plugs], TargetMigration]) -> None:
+        """Take part in a migration to here, which ``begin`` makes from what the group plugs in."""
+        self.phase = "arriving"
+        self.arrival = log = EventLog(self.name, self._clock)
+        migration = begin(self._plugs(Role.TARGET, log))
+        self._spawn(self._take_in(migration, log))
+
+    async def _take_in(self, migration: TargetMigration, log: EventLog) -> None:
+        """One migration to here. Its failure is told to whoever waits for the group, not raised."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                follow = tasks.create_task(self._follow(migration))
+                try:
+                    await migration.run()
+                except MigrationAborted as error:
+                    follow.cancel()
+                    self._settle("not arrived", error)
+        finally:
+            await log.end()
+        if self.phase == "not arrived":
+            self._background.discard(cast("asyncio.Task[None]", asyncio.current_task()))
+            await self.close(forget=True)
+
+    async def _follow(self, migration: TargetMigration) -> None:
+        """Do for an arriving group what each of its steps allows."""
+        await migration.wait_running()
+        self._settle("running, not evacuated")
+        await self._start_patiently("running, not evacuated")
+        await migration.wait_evacuated()
+        self.phase = "running"
+
+    async def _start_patiently(self, phase: str = "running") -> None:
+        """As `start`, repeated until the store answers: the guest runs already, and must not wait for it."""
+        delay_s = START_DELAY_MIN_S
+        while True:
+            try:
+                await remember_taken(self.group, self.state, self.link)
+                await self.start()
+            except UnavailableError as error:
+                self.hydrator.error = str(error)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, START_DELAY_MAX_S)
+            else:
+                self.phase = phase
+                return
 
     # ---- seeing -------------------------------------------------------------------------------------------
 
@@ -221,6 +311,8 @@ class HostedGroup:
         if self._closed:
             return
         self._closed = True
+        # Between claim and evacuation nothing may be committed; what is here goes on after the next start.
+        drain = drain and self.phase == "running"
         self.phase = "closing"
         errors: list[SiloError] = []
         for task in list(self._background):

@@ -19,7 +19,7 @@ import attrs
 
 from silo.abc import BlockDevice, ObjectStore
 from silo.chunkmap import ChunkMap, Residency
-from silo.errors import InvalidRequestError, InvariantError
+from silo.errors import FencedError, InvalidRequestError, InvariantError
 from silo.geometry import BLOCK_SIZE_DEFAULT, CHUNK_SIZE_DEFAULT, Geometry
 from silo.group import Group
 from silo.records import Identity, VolumeGeometry
@@ -30,7 +30,15 @@ from silo.sync.head import Head, VolumeInfo
 from silo.sync.register import Prepare
 from silo.volumestate import states_of_extents
 
-__all__ = ["VolumeSpec", "claim_group", "open_volumes", "preparation", "remember", "remember_volumes"]
+__all__ = [
+    "VolumeSpec",
+    "claim_group",
+    "open_volumes",
+    "preparation",
+    "remember",
+    "remember_taken",
+    "remember_volumes",
+]
 
 NO_INCARNATION = "0" * 16
 """Of a group without a store, where nothing is named after it."""
@@ -60,6 +68,11 @@ async def claim_group(
         raise InvalidRequestError(
             f"group {state.name} is kept in {identity.register}",
             hint="open it with that store; a new state directory and an empty disk start afresh with another one",
+        )
+    if identity is not None and identity.epoch == 0:
+        raise FencedError(
+            f"group {state.name} began to arrive at this host and never did",
+            hint="its source owns it; it can be moved here again",
         )
     if link is None:
         await remember(state, Owner(identity.epoch + 1 if identity else 1, NO_INCARNATION), "")
@@ -150,6 +163,26 @@ async def open_volumes(
     await remember_volumes(group, state)
 
 
+async def reopen_volumes(
+    group: Group, state: GroupState, link: StoreLink | None, specs: Mapping[str, VolumeSpec]
+) -> None:
+    """Put the volumes of an unfinished migration back on their devices, just as they were left. Claims nothing."""
+    identity = await state.read_identity()
+    known = {volume.name: volume.geometry for volume in identity.volumes} if identity is not None else {}
+    if set(known) != set(specs):
+        raise InvalidRequestError(
+            f"group {group.name} has the volumes {', '.join(sorted(known))}",
+            hint="it is in the middle of a migration: open it with the devices that it had",
+        )
+    for name, geometry in known.items():
+        opened = await state.open_volume(name, geometry, bytes(geometry.chunk_count))
+        chunks = ChunkMap(opened.buffer, geometry.chunk_count)
+        group.add(name, specs[name].device, geometry, chunks=chunks, keeper=opened)
+    if link is not None:
+        await link.look()
+        link.attach(group)
+
+
 def _geometry(name: str, spec: VolumeSpec, stored: VolumeInfo | None, chunk_size: int) -> Geometry:
     if stored is None:
         return Geometry(spec.device.size, chunk_size)
@@ -181,3 +214,14 @@ async def remember_volumes(group: Group, state: GroupState) -> None:
         for name, shape in ((volume.name, volume.geometry) for volume in group.volumes.values())
     )
     await remember(state, Owner(identity.epoch, identity.incarnation), identity.register, volumes)
+
+
+async def remember_taken(group: Group, state: GroupState, link: StoreLink | None) -> None:
+    """A migration has made the group ours, or ours again: write down the owner and the volumes."""
+    identity = await state.read_identity()
+    owner = link.register.owner if link is not None else None
+    if owner is None and identity is not None and identity.epoch == 0:
+        owner = Owner(1, NO_INCARNATION)
+    if owner is not None:
+        await remember(state, owner, identity.register if identity else "")
+    await remember_volumes(group, state)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Self
 
 from silo.abc import Clock, ObjectStore
-from silo.chunkmap import ChunkMap, Residency
+from silo.chunkmap import RESIDENCY_MASK, ChunkMap, Residency, runs_of
 from silo.errors import FencedError, InvariantError
 from silo.group import Group
 from silo.p2p.terms import Standing, Terms, Verdict
@@ -142,6 +142,21 @@ class StoreLink:
         self._source.manifest = manifest
         for volume in group.volumes.values():
             volume.set_source(Residency.ABSENT_STORE, self._source)
+
+    def fill_known_zeros(self, group: Group) -> None:
+        """What is absent, and known to be zero in the store, need not be asked for chunk by chunk."""
+        manifest = self.syncer.manifest if self.syncer is not None else self._early
+        if manifest is None:
+            return
+        for volume in group.volumes.values():
+            if manifest.head.volume(volume.name) is None:
+                continue
+            for first, limit, stored in manifest.volume(volume.name).runs():
+                if stored:
+                    continue
+                absent = volume.chunks.select(RESIDENCY_MASK, Residency.ABSENT_STORE, first, limit)
+                for run in runs_of(absent):
+                    volume.fill_zeros_nowait(*run)
 
     async def start(self, group: Group, tasks: asyncio.TaskGroup) -> None:
         """After a claim: keep the store up to date, until `close`. Commits start held while a migration holds."""
