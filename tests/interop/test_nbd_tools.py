@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common.child import resident_bytes
 from tests.interop.conftest import EXPORT_SIZE, StartServer
 from tests.support.nbd import NbdServerProcess
 
@@ -218,6 +220,36 @@ def test_fio_verifies(
         f"--aux-path={tmp_path}",
     )
     server.check()
+
+
+def test_memory_is_bounded_by_the_server_and_not_by_its_clients(
+    require_tool: RequireTool, start_server: StartServer, tmp_path: Path
+) -> None:
+    """16 connections with 128 requests of 256 KiB each have 512 MiB in flight; the server holds 64 MiB at most."""
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(256 * MIB)
+    server = start_server("--file", str(image))
+    run(require_tool("nbdinfo"), "--size", server.uri("disk"))
+    before = peak = resident_bytes(server.pid)
+    load = [
+        "--rw=randrw",
+        "--bs=256k",
+        "--iodepth=128",
+        "--numjobs=16",
+        "--size=256m",
+        "--time_based",
+        "--runtime=3",
+    ]
+    argv = [require_tool("fio"), "--name=flood", "--ioengine=nbd", f"--uri={server.uri('disk')}", *load]
+    with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as fio:
+        while fio.poll() is None:
+            peak = max(peak, resident_bytes(server.pid))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                fio.wait(0.02)
+        assert fio.stdout is not None
+        assert fio.returncode == 0, fio.stdout.read()
+    assert peak - before <= 64 * MIB
 
 
 def test_nbdsh_runs_a_script(require_tool: RequireTool, served: NbdServerProcess) -> None:
