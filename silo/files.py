@@ -20,6 +20,7 @@ from silo.errors import CapacityError, SiloError, UnavailableError
 
 __all__ = [
     "lock_exclusive",
+    "lock_shared",
     "make_directory",
     "os_error",
     "pwrite_all",
@@ -46,8 +47,17 @@ def lock_exclusive(fd: int, what: str) -> None:
 
     Raises `UnavailableError` that names the holder, as far as the system tells.
     """
+    _lock(fd, what, fcntl.LOCK_EX)
+
+
+def lock_shared(fd: int, what: str) -> None:
+    """As `lock_exclusive`, but only against those who lock exclusively: many may read, nobody may write."""
+    _lock(fd, what, fcntl.LOCK_SH)
+
+
+def _lock(fd: int, what: str, kind: int) -> None:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UnavailableError(
             f"{what} is in use by {_lock_holder(fd)}", hint="close it there first; nothing was changed"

@@ -93,6 +93,19 @@ class MapFile:
             )
         return found
 
+    @staticmethod
+    def read(path: Path, geometry: Geometry, owner: bytes, boot: str) -> bytes | None:
+        """A copy of the states that a process of this boot left, as they are; else ``None``. Raises `OSError`."""
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        if len(data) != HEADER_SIZE + geometry.chunk_count or data[:HEADER_SIZE] != _header(
+            geometry, owner, boot
+        ):
+            return None
+        return data[HEADER_SIZE:]
+
     def close(self) -> None:
         """Unmap, or leave that to the end of the last view when somebody still looks at the states."""
         with contextlib.suppress(BufferError):

@@ -33,7 +33,13 @@ import attrs
 import numpy as np
 
 from silo.abc import Buffer
-from silo.checkpoint import Checkpoint, decode_checkpoint, encode_checkpoint, states_after_power_loss
+from silo.checkpoint import (
+    Checkpoint,
+    decode_checkpoint,
+    encode_checkpoint,
+    kept_of,
+    states_after_power_loss,
+)
 from silo.chunkmap import SYNC_DIRTY, Residency
 from silo.errors import ClosedError, CorruptionError, InvalidRequestError
 from silo.files import os_error, pwrite_all, replace_file, sync_directory
@@ -41,7 +47,7 @@ from silo.geometry import Geometry
 from silo.mapfile import MapFile
 from silo.threads import run_to_completion
 
-__all__ = ["DurableState", "EphemeralState", "Origin", "VolumeState", "states_of_extents"]
+__all__ = ["DurableState", "EphemeralState", "Origin", "VolumeState", "read_folder", "states_of_extents"]
 
 _MAP = "map"
 _SLOTS = ("checkpoint.a", "checkpoint.b")
@@ -190,12 +196,7 @@ def open_folder(folder: Path, geometry: Geometry, owner: bytes, boot: str) -> Op
     `CorruptionError` when neither checkpoint is valid, `InvalidRequestError` when the volume was made with
     another geometry.
     """
-    newest, slot = _newest_checkpoint(folder, owner)
-    if newest.geometry != geometry:
-        raise InvalidRequestError(
-            f"the volume in {folder} was made as {newest.geometry}, not as {geometry}",
-            hint="open it with the same size, chunk size and block size",
-        )
+    newest, slot = _newest_checkpoint(folder, geometry, owner)
     mapped, origin = MapFile.reopen(folder / _MAP, geometry, owner, boot), Origin.MAP
     if mapped is None:
         states = states_after_power_loss(newest.kept)
@@ -203,7 +204,22 @@ def open_folder(folder: Path, geometry: Geometry, owner: bytes, boot: str) -> Op
     return Opened(mapped, origin, newest.sequence, slot)
 
 
-def _newest_checkpoint(folder: Path, owner: bytes) -> tuple[Checkpoint, int]:
+def read_folder(folder: Path, geometry: Geometry, owner: bytes, boot: str) -> bytearray:
+    """A copy of the states in a folder, as after a power loss, for whoever only reads. Nothing is changed.
+
+    Blocks; raises `OSError` and what `open_folder` raises. `InvalidRequestError` when a process of this boot left
+    more than it had made durable: what it left could still vanish.
+    """
+    newest, _ = _newest_checkpoint(folder, geometry, owner)
+    mapped = MapFile.read(folder / _MAP, geometry, owner, boot)
+    if mapped is not None and not np.array_equal(kept_of(mapped), newest.kept):
+        raise InvalidRequestError(
+            f"not everything in {folder} was made durable", hint="open it for writing once, and flush"
+        )
+    return bytearray(states_after_power_loss(newest.kept).data)
+
+
+def _newest_checkpoint(folder: Path, geometry: Geometry, owner: bytes) -> tuple[Checkpoint, int]:
     valid: list[tuple[int, int, Checkpoint]] = []
     reasons: list[str] = []
     for slot, name in enumerate(_SLOTS):
@@ -219,6 +235,11 @@ def _newest_checkpoint(folder: Path, owner: bytes) -> tuple[Checkpoint, int]:
             hint="what the device holds cannot be told any more; restore the group from its store",
         )
     _, slot, newest = max(valid, key=lambda item: item[0])
+    if newest.geometry != geometry:
+        raise InvalidRequestError(
+            f"the volume in {folder} was made as {newest.geometry}, not as {geometry}",
+            hint="open it with the same size, chunk size and block size",
+        )
     return newest, slot
 
 

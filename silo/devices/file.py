@@ -87,12 +87,15 @@ class FileDevice(BlockDevice):
     Concurrent calls are allowed.
     """
 
+    _access = os.O_RDWR
+    _lock = staticmethod(lock_exclusive)
+
     def __init__(self, path: str | os.PathLike[str], size: int | None = None, *, create: bool = True) -> None:
         self.path = Path(path)
-        self._file = _open(self.path, may_create=create and size is not None)
+        self._file = _open(self.path, self._access, may_create=create and size is not None)
         try:
             self._fd = self._file.fileno()
-            lock_exclusive(self._fd, str(self.path))
+            self._lock(self._fd, str(self.path))
             self.size = self._settle_size(size)
             inline = _probe(self._fd)
         except OSError as error:
@@ -304,8 +307,8 @@ class FileDevice(BlockDevice):
         return os_error(error, f"{verb} {self.path}")
 
 
-def _open(path: Path, *, may_create: bool) -> io.FileIO:
-    flags = os.O_RDWR | os.O_CLOEXEC
+def _open(path: Path, access: int, *, may_create: bool) -> io.FileIO:
+    flags = access | os.O_CLOEXEC
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
@@ -318,11 +321,11 @@ def _open(path: Path, *, may_create: bool) -> io.FileIO:
     except OSError as error:
         raise os_error(error, f"look at {path}") from error
     if stat.S_ISBLK(mode):
-        flags |= os.O_EXCL
+        flags |= os.O_EXCL if access == os.O_RDWR else 0
     elif not stat.S_ISREG(mode):
         raise InvalidRequestError(f"{path} is neither a regular file nor a block device")
     try:
-        return io.FileIO(os.open(path, flags, 0o600), "r+b")
+        return io.FileIO(os.open(path, flags, 0o600), "r+b" if access == os.O_RDWR else "rb")
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise UnavailableError(

@@ -1,0 +1,348 @@
+"""Copy-on-write: a device of its own over a base that many share and nobody changes.
+
+The device is divided into *cells* (a power of two from 4 KiB to 4 MiB, 64 KiB unless told otherwise; the last may be
+shorter). The map says for each cell where its content is:
+
+=======  ======================  ============================================================
+cell     in the map              content
+=======  ======================  ============================================================
+below    ``ABSENT_STORE``        in the base; what the overlay's data holds there means nothing
+zero     ``ZERO_UNPUNCHED``      zeros; what the data holds there means nothing
+owned    ``PRESENT``             in the data, at the same offset
+=======  ======================  ============================================================
+
+A cell never goes back to *below*. The map is the same kind as a volume's, so `silo.volumestate` keeps it: mapped for
+the death of the process, in checkpoints for that of the machine. It only ever says what holds already:
+
+* **Writing** to owned cells goes straight to the data. Else the extent is first widened to whole cells with what the
+  device reads there now (*copy-up*); a cell that the write covers is not read. Then one device call writes all of it,
+  and only after that the cells are owned. When any of it fails, or the process dies, they are still below or zero.
+* **Zeroing** makes covered cells zero in the map; what they had in the data is given back first. Nothing is copied
+  but the edges.
+* **Flushing** copies the map, flushes the data, and makes *that copy* durable, as a volume does. So what was flushed
+  survives a power loss, and a cell that the map owns has its content in the data.
+
+Between the look at a cell that is to change and the change, the cell is locked, unless both are one step; whoever
+wants to write to it waits, readers go on. Several cells are locked in one step, so nobody waits while holding a
+lock. Writes to owned cells take no lock. One that is still under way when its cell is zeroed may land in the data
+after that, where it means nothing, or in a cell that is owned again by then, as if it had come after the zeroing:
+it overlaps with it, and so they are not ordered.
+
+The other form without waiting is served when base and data can do that. An overlay may be the base of another; how
+one is opened, and its base recognised, is in `silo.devices.overlay_open`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from silo.abc import BlockDevice, Buffer
+from silo.chunkmap import LOCKED, RESIDENCY_MASK, ChunkMap, Residency, runs_of
+from silo.errors import ClosedError, CorruptionError
+from silo.geometry import Geometry
+from silo.volumestate import VolumeState
+from silo.zeros import zeros
+
+__all__ = ["OverlayDevice"]
+
+BELOW = int(Residency.ABSENT_STORE)
+ZERO = int(Residency.ZERO_UNPUNCHED)
+OWNED = int(Residency.PRESENT)
+
+ZERO_STEP = 1 << 18
+"""Cells that one synchronous step of zeroing changes: about a millisecond of numpy."""
+
+COPY_UP_INLINE_MAX = 256 * 1024
+"""More bytes are copied up only where one may wait; a device would hardly take them inline."""
+
+
+class OverlayDevice(BlockDevice):
+    """See the module. Owns ``base``, ``data`` and ``state``: closing it closes them. Concurrent calls are allowed.
+
+    ``data`` has the size of the overlay, ``base`` that or less; beyond the base's end the map must say zero or owned.
+    ``state`` has one byte for each of the ``cells``. `CorruptionError` when the map says what no overlay can be.
+    """
+
+    def __init__(self, base: BlockDevice, data: BlockDevice, cells: Geometry, state: VolumeState) -> None:
+        self.size = cells.size
+        self.cells = cells
+        self._base = base
+        self._data = data
+        self._state = state
+        self._map = ChunkMap(state.buffer, cells.chunk_count)
+        self._map.view &= RESIDENCY_MASK  # what else a volume's map has to say means nothing here
+        self._states = self._map.states
+        self._shift = cells.chunk_shift
+        self._waiting: dict[int, asyncio.Event] = {}
+        self._checkpoint_due = True  # nobody knows what the process before us still owed
+        self._flush_turn = asyncio.Lock()
+        self._closed = False
+        self._check_map()
+
+    def __repr__(self) -> str:
+        return f"OverlayDevice({self._data!r} over {self._base!r})"
+
+    # ---- reading ----------------------------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        self._check_open()
+        first = offset >> self._shift
+        if (offset + length - 1) >> self._shift == first:
+            return self._read_part_nowait(self._states[first] & RESIDENCY_MASK, offset, length)
+        runs = self._runs(offset, length)
+        if len(runs) == 1:
+            return self._read_part_nowait(runs[0][2], offset, length)
+        whole = bytearray(length)
+        for start, stop, residency in runs:
+            if residency != ZERO:
+                part = self._read_part_nowait(residency, start, stop - start)
+                if part is None:
+                    return None
+                whole[start - offset : stop - offset] = part
+        return whole
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        self._check_open()
+        runs = self._runs(offset, length)
+        if len(runs) == 1:
+            return await self._read_part(runs[0][2], offset, length)
+        whole = bytearray(length)
+        for start, stop, residency in runs:
+            if residency != ZERO:
+                whole[start - offset : stop - offset] = await self._read_part(residency, start, stop - start)
+        return whole
+
+    def _runs(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """``(start, stop, residency)`` in bytes, of the parts of an extent that are in one place each."""
+        end, shift = offset + length, self._shift
+        return [
+            (max(first << shift, offset), min(limit << shift, end), residency)
+            for first, limit, residency in self._map.residency_runs(*self.cells.touched(offset, length))
+        ]
+
+    def _read_part_nowait(self, residency: int, offset: int, length: int) -> Buffer | None:
+        if residency == OWNED:
+            return self._data.read_nowait(offset, length)
+        if residency == ZERO:
+            return zeros(length)
+        beyond = offset + length - self._base.size
+        if beyond <= 0:
+            return self._base.read_nowait(offset, length)
+        found = self._base.read_nowait(offset, length - beyond) if length > beyond else b""
+        return None if found is None else b"".join((found, zeros(beyond)))
+
+    async def _read_part(self, residency: int, offset: int, length: int) -> Buffer:
+        if residency == OWNED:
+            return await self._data.read(offset, length)
+        if residency == ZERO:
+            return zeros(length)
+        beyond = offset + length - self._base.size
+        if beyond <= 0:
+            return await self._base.read(offset, length)
+        found = await self._base.read(offset, length - beyond) if length > beyond else b""
+        return b"".join((found, zeros(beyond)))
+
+    # ---- writing ----------------------------------------------------------------------------------------
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        self._check_open()
+        end = offset + len(data)
+        first = offset >> self._shift
+        if (end - 1) >> self._shift == first and self._states[first] == OWNED:
+            return self._data.write_nowait(offset, data)
+        first, limit = self.cells.touched(offset, len(data))
+        if self._busy(first, limit) is not None:
+            return False
+        start, stop = self._widened(first, limit, offset, end)
+        if stop - start - len(data) > COPY_UP_INLINE_MAX:
+            return False
+        head = self.read_nowait(start, offset - start) if start < offset else b""
+        tail = self.read_nowait(end, stop - end) if end < stop else b""
+        if head is None or tail is None or not self._data.write_nowait(start, _joined(head, data, tail)):
+            return False
+        self._set(first, limit, OWNED)
+        return True
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        end = offset + len(data)
+        first, limit = self.cells.touched(offset, len(data))
+        await self._wait_free(first, limit)
+        if len(self._map.select(RESIDENCY_MASK, OWNED, first, limit)) == limit - first:
+            return await self._data.write(offset, data)
+        with self._locked(first, limit):
+            start, stop = self._widened(first, limit, offset, end)
+            head = await self.read(start, offset - start) if start < offset else b""
+            tail = await self.read(end, stop - end) if end < stop else b""
+            await self._data.write(start, _joined(head, data, tail))
+            self._set(first, limit, OWNED)
+
+    def _widened(self, first: int, limit: int, start: int, stop: int) -> tuple[int, int]:
+        """What must be written, in bytes from ``start`` to ``stop``, so that all touched cells can be owned."""
+        if first < limit and self._states[first] & RESIDENCY_MASK != OWNED:
+            start = first << self._shift
+        if first < limit and self._states[limit - 1] & RESIDENCY_MASK != OWNED:
+            stop = min(limit << self._shift, self.size)
+        return start, stop
+
+    # ---- zeroing ----------------------------------------------------------------------------------------
+
+    def zero_nowait(self, offset: int, length: int) -> bool:
+        self._check_open()
+        first, limit = self.cells.touched(offset, length)
+        if limit - first > ZERO_STEP or self._busy(first, limit) is not None:
+            return False
+        if self._edges_below(offset, length):
+            return limit - first == 1 and self.write_nowait(offset, zeros(length))
+        owned = runs_of(self._map.select(RESIDENCY_MASK, OWNED, first, limit))
+        if len(owned) > 1:
+            return False  # one call that declines is no harm, the second of two would be
+        for start, stop in self._clipped(owned, offset, length):
+            if not self._data.zero_nowait(start, stop - start):
+                return False
+        self._set(*self.cells.covered(offset, length), ZERO)
+        return True
+
+    async def zero(self, offset: int, length: int) -> None:
+        self._check_open()
+        for start, stop in self._edges_below(offset, length):
+            await self.write(start, zeros(stop - start))  # afterwards the cell is owned, or zero: never below
+        end = offset + length
+        step = ZERO_STEP << self._shift
+        while offset < end:
+            stop = min(end, (offset // step + 1) * step)
+            await self._zero_step(offset, stop - offset)
+            offset = stop
+
+    async def _zero_step(self, offset: int, length: int) -> None:
+        first, limit = self.cells.touched(offset, length)
+        await self._wait_free(first, limit)
+        owned = runs_of(self._map.select(RESIDENCY_MASK, OWNED, first, limit))
+        with self._locked(first, limit):
+            for start, stop in self._clipped(owned, offset, length):
+                await self._data.zero(start, stop - start)
+            self._set(*self.cells.covered(offset, length), ZERO)
+        await asyncio.sleep(0)  # a whole disk is many steps: let others run in between
+
+    def _edges_below(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """``(start, stop)`` of the parts of an extent in cells that it does not cover and that are below."""
+        first, limit = self.cells.touched(offset, length)
+        covered_first, covered_limit = self.cells.covered(offset, length)
+        edges = {first, limit - 1} if first < limit else set()
+        return [
+            extent
+            for cell in sorted(edges)
+            if not covered_first <= cell < covered_limit and self._states[cell] & RESIDENCY_MASK == BELOW
+            for extent in self._clipped([(cell, cell + 1)], offset, length)
+        ]
+
+    def _clipped(self, runs: list[tuple[int, int]], offset: int, length: int) -> list[tuple[int, int]]:
+        """``(start, stop)`` in bytes of what runs of cells and an extent share."""
+        end, shift = offset + length, self._shift
+        return [(max(first << shift, offset), min(limit << shift, end)) for first, limit in runs]
+
+    # ---- the map ----------------------------------------------------------------------------------------
+
+    def _set(self, first: int, limit: int, residency: int) -> None:
+        """Say where the content of a run of cells is from now on; it must be there already."""
+        if first < limit and len(self._map.select(RESIDENCY_MASK, residency, first, limit)) < limit - first:
+            self._map.set_residency_run(first, limit, Residency(residency))
+            self._checkpoint_due = True
+
+    def _busy(self, first: int, limit: int) -> int | None:
+        """A cell of the run that is locked, if there is one."""
+        locked = self._map.select(LOCKED, LOCKED, first, limit)
+        return int(locked[0]) if len(locked) else None
+
+    async def _wait_free(self, first: int, limit: int) -> None:
+        """Return when none of the cells is locked, in the same step in which that is so.
+
+        No deadline: each lock lasts for a few device calls, which cannot be shortened.
+        """
+        self._check_open()
+        while (busy := self._busy(first, limit)) is not None:
+            await self._waiting.setdefault(busy, asyncio.Event()).wait()
+            self._check_open()
+
+    @contextlib.contextmanager
+    def _locked(self, first: int, limit: int) -> Iterator[None]:
+        """Lock cells that are free. No await may stand between the look for that and this."""
+        states = self._map.view[first:limit]
+        states |= LOCKED
+        try:
+            yield
+        finally:
+            states &= 0xFF & ~LOCKED
+            for cell in [cell for cell in self._waiting if first <= cell < limit]:
+                self._waiting.pop(cell).set()
+
+    def _check_map(self) -> None:
+        """Raise `CorruptionError` for a map that no overlay over this base can have."""
+        possible = [len(self._map.select(RESIDENCY_MASK, residency)) for residency in (BELOW, ZERO, OWNED)]
+        limit = self.cells.touched(0, self._base.size)[1]
+        if sum(possible) != self._map.count or len(self._map.select(RESIDENCY_MASK, BELOW, limit)):
+            raise CorruptionError(
+                f"the map of {self!r} says what cannot be", hint="keep its files and report it"
+            )
+
+    # ---- the whole --------------------------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        """As the port says. When it raises, nothing is promised; call again."""
+        self._check_open()
+        async with (
+            self._flush_turn
+        ):  # one after the other: the second must not return before the first's map is safe
+            due, self._checkpoint_due = self._checkpoint_due, False
+            try:
+                snapshot = bytes(self._states) if due else None
+                await self._data.flush()
+                if snapshot is not None:
+                    await self._state.checkpoint(snapshot)
+            except BaseException:
+                self._checkpoint_due |= due
+                raise
+
+    async def data_extents(self) -> Sequence[tuple[int, int]]:
+        """Cells that are owned, and what the base holds in those that are below."""
+        self._check_open()
+        runs = self._runs(0, self.size)  # first: what changes during the call need not be in the answer
+        below = await self._base.data_extents()
+        extents: list[tuple[int, int]] = []
+        position = 0
+        for start, stop, residency in runs:
+            found = [(start, stop)] if residency == OWNED else []
+            while residency == BELOW and position < len(below) and below[position][0] < stop:
+                offset, length = below[position]
+                if offset + length > start:
+                    found.append((max(offset, start), min(offset + length, stop)))
+                if offset + length > stop:
+                    break
+                position += 1
+            for low, high in found:
+                if extents and sum(extents[-1]) == low:
+                    low = extents.pop()[0]
+                extents.append((low, high - low))
+        return extents
+
+    async def aclose(self) -> None:
+        """As the port says. Waits for changes of the map that are under way."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            while (busy := self._busy(0, self._map.count)) is not None:
+                await self._waiting.setdefault(busy, asyncio.Event()).wait()
+        finally:
+            async with contextlib.AsyncExitStack() as stack:
+                for part in (self._base, self._data, self._state):
+                    stack.push_async_callback(part.aclose)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the overlay was closed")
+
+
+def _joined(head: Buffer, data: Buffer, tail: Buffer) -> Buffer:
+    return b"".join((head, data, tail)) if head or tail else data
