@@ -40,10 +40,14 @@ if TYPE_CHECKING:
         SiloError,
         UnavailableError,
     )
+    from silo.events import MigrationEvent, MigrationReport, Phase
     from silo.geometry import Geometry
     from silo.group import Group
     from silo.host import Host
     from silo.hosted import HostedGroup
+    from silo.moving import Move
+    from silo.opening import VolumeSpec
+    from silo.p2p.transport import PlainTransport
     from silo.sync.settings import SyncSettings
     from silo.volume import Volume
 
@@ -61,10 +65,14 @@ _HOMES = {
         "InvalidRequestError", "InvariantError", "LocalProtocolError", "MigrationAborted", "MigrationError",
         "ProtocolError", "RemoteProtocolError", "SiloError", "UnavailableError",
     ),
+    "silo.events": ("MigrationEvent", "MigrationReport", "Phase"),
     "silo.geometry": ("Geometry",),
     "silo.group": ("Group",),
     "silo.host": ("Host",),
     "silo.hosted": ("HostedGroup",),
+    "silo.moving": ("Move",),
+    "silo.opening": ("VolumeSpec",),
+    "silo.p2p.transport": ("PlainTransport",),
     "silo.sync.settings": ("SyncSettings",),
     "silo.volume": ("Volume",),
 }  # fmt: skip
@@ -93,7 +101,12 @@ __all__ = [
     "MemoryDevice",
     "MigrationAborted",
     "MigrationError",
+    "MigrationEvent",
+    "MigrationReport",
+    "Move",
     "ObjectStore",
+    "Phase",
+    "PlainTransport",
     "ProtocolError",
     "RemoteProtocolError",
     "Role",
@@ -103,6 +116,7 @@ __all__ = [
     "Transport",
     "UnavailableError",
     "Volume",
+    "VolumeSpec",
     "Workload",
     "__version__",
 ]

@@ -16,14 +16,17 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from silo.abc import BlockDevice
+from silo.arriving import Arrival
 from silo.config import GroupConfig, ServeConfig
 from silo.control import ControlServer, Result
 from silo.devices.file import FileDevice
-from silo.errors import InvalidRequestError, SiloError
+from silo.errors import FencedError, InvalidRequestError, SiloError
 from silo.hooks.command import CommandWorkload
 from silo.host import Host
 from silo.hosted import HostedGroup
 from silo.opening import VolumeSpec
+from silo.p2p.transport import PlainTransport
 from silo.sync.settings import SyncSettings
 
 __all__ = ["Say", "serve_until_told"]
@@ -43,12 +46,18 @@ async def serve_until_told(config: ServeConfig, say: Say, *, host_is_dead: bool 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.received)
     try:
-        async with Host(config.state) as host:
+        transport = PlainTransport(insecure_tcp=config.insecure_peer)
+        async with Host(config.state, listen=config.peer or None, transport=transport) as host:
             daemon = _Daemon(host, config, say)
             await daemon.open_groups(host_is_dead=host_is_dead)
-            async with ControlServer(Path(config.state) / "control.sock", daemon.verbs()):
+            async with (
+                ControlServer(Path(config.state) / "control.sock", daemon.verbs()),
+                asyncio.TaskGroup() as tasks,
+            ):
+                receiving = tasks.create_task(daemon.take_in())
                 say({"event": "ready", "groups": sorted(host.groups)}, daemon.greeting())
                 await stop.wait()
+                receiving.cancel()
                 say({"event": "stopping"}, "storing what is not stored yet; once more to skip that")
     except asyncio.CancelledError:
         if not signals.impatient:
@@ -84,6 +93,9 @@ class _Daemon:
     # ---- opening ------------------------------------------------------------------------------------------
 
     async def open_groups(self, *, host_is_dead: bool) -> None:
+        for name in await self._host.known_groups():
+            if name not in self._config.groups:
+                await self._reopen_arrived(name)
         for name, settings in self._config.groups.items():
             hosted = await self._host.open_group(
                 name,
@@ -94,6 +106,63 @@ class _Daemon:
                 host_is_dead=host_is_dead,
             )
             await self.export(hosted)
+
+    async def _reopen_arrived(self, name: str) -> None:
+        """A group that arrived here earlier, and is in no configuration: its disks are where arrivals are put."""
+        shapes = await self._host.known_volumes(name)
+        paths = {volume: self._incoming(name, volume) for volume in shapes}
+        if not shapes or not all(path.exists() for path in paths.values()):
+            return
+        try:
+            hosted = await self._host.open_group(
+                name,
+                {volume: FileDevice(path, shapes[volume].size) for volume, path in paths.items()},
+                store=self._config.store or None,
+                sync=self._sync_settings(),
+                workload=self._workload(None),
+            )
+        except FencedError as error:
+            logger.warning("group %s is not opened: %s", name, error)
+            return
+        await self.export(hosted)
+
+    def _incoming(self, group: str, volume: str) -> Path:
+        base = Path(self._config.incoming.directory or Path(self._config.state) / "incoming")
+        return base / group / f"{volume}.img"
+
+    async def take_in(self) -> None:
+        """Accept the groups that other hosts bring, until cancelled."""
+        async for offer in self._host.offers():
+            try:
+                await self._accept(offer)
+            except SiloError as error:
+                logger.warning("group %s from %s was refused: %s", offer.group, offer.peer, error)
+
+    async def _accept(self, offer: Arrival) -> None:
+        if not self._config.incoming.accept:
+            offer.refuse("this host accepts no groups")
+            return
+        devices: dict[str, BlockDevice] = {}
+        try:
+            for name, geometry in offer.volumes.items():
+                devices[name] = _fresh_device(self._incoming(offer.group, name), geometry.size)
+        except SiloError as error:
+            for device in devices.values():
+                await device.aclose()
+            offer.refuse(f"no room for its disks: {error.message}")
+            raise
+        urls = self._config.listen_urls(offer.group)
+        hosted = await offer.accept(
+            devices,
+            store=self._config.store or None,
+            sync=self._sync_settings(),
+            workload=self._workload(None),
+            export=urls[0] if urls else None,
+        )
+        for url in urls[1:]:
+            await self._host.export(hosted, url)
+        text = f"{offer.group} is arriving from {offer.peer}"
+        self._say({"event": "arriving", "group": offer.group, "peer": offer.peer}, text)
 
     async def export(self, hosted: HostedGroup) -> None:
         for url in self._config.listen_urls(hosted.name):
@@ -125,6 +194,7 @@ class _Daemon:
             "heat": self.heat,
             "sync": self.sync,
             "wait": self.wait,
+            "migrate": self.migrate,
         }
 
     def _group(self, name: str) -> HostedGroup:
@@ -145,6 +215,16 @@ class _Daemon:
     async def sync(self, group: str) -> AsyncIterator[Any]:
         yield Result({"generation": await self._group(group).sync_now()})
 
+    async def migrate(self, group: str, to: str, deadline_s: float | None = None) -> AsyncIterator[Any]:
+        """Every event, then the report. A caller that leaves aborts it while the guest was not stopped."""
+        hosted = self._group(group)
+        deadline = None if deadline_s is None else self._host.clock.monotonic() + float(deadline_s)
+        async with hosted.migrate(to, deadline=deadline) as move:
+            async for event in move.events():
+                yield event.as_dict()
+            report = await move.wait_released()
+        yield Result(report.as_dict())
+
     async def wait(self, group: str, timeout_s: float) -> AsyncIterator[Any]:
         """Until the group is hydrated, or for so long."""
         hosted = self._group(group)
@@ -161,3 +241,11 @@ def _spec(group: str, name: str, settings: GroupConfig) -> VolumeSpec:
     except SiloError as error:
         raise type(error)(f"{group}/{name}: {error.message}", hint=error.hint) from error
     return VolumeSpec(device, volume.chunk_bytes, volume.read_only, volume.overwrite)
+
+
+def _fresh_device(path: Path, size: int) -> FileDevice:
+    """The disk of a group that arrives. What an earlier stay left there gives way; its size may be another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.stat().st_size != size:
+        path.unlink()
+    return FileDevice(path, size)

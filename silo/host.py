@@ -19,13 +19,14 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from silo.abc import BlockDevice, Clock, ObjectStore, Transport, Workload
 from silo.arriving import Arrival, prepare_arrival
 from silo.clock import SystemClock
 from silo.errors import ClosedError, InvalidRequestError, SiloError
 from silo.exporting import Exporter, GroupExport
+from silo.geometry import Geometry
 from silo.group import CopyLimits, Group
 from silo.hooks.runner import WorkloadRunner
 from silo.hosted import HostedGroup
@@ -42,6 +43,8 @@ from silo.sync.settings import FetchSettings, SyncSettings
 from silo.sync.store_url import open_store
 
 __all__ = ["Host"]
+
+T = TypeVar("T")
 
 HEAT_INTERVAL_S = 1.0
 
@@ -256,9 +259,7 @@ class Host:
         hosted.arrive(lambda plugs: TargetMigration.restore(hosted.group, record, reception, site, plugs))
 
     def _running_reception(self) -> Reception:
-        if self._reception is None:
-            raise ClosedError("the host is not running", hint="use `async with silo.Host(...) as host`")
-        return self._reception
+        return _running(self._reception)
 
     def _hosted(
         self, group: Group, state: GroupState, link: StoreLink | None, workload: Workload | None
@@ -270,11 +271,9 @@ class Host:
         return HostedGroup(group, state, link, runner, exporter, self._running_site(), self._tasks)
 
     async def _open_state(self, name: str) -> GroupState:
-        if self._state is None:
-            raise ClosedError("the host is not running", hint="use `async with silo.Host(...) as host`")
         if name in self.groups:
             raise InvalidRequestError(f"group {name} is open already")
-        return await self._state.open_group(name)
+        return await self._running_state().open_group(name)
 
     async def _open_link(
         self,
@@ -296,15 +295,27 @@ class Host:
             fetch=fetch,
         )
 
+    def _running_state(self) -> StateDir:
+        return _running(self._state)
+
     def _running_site(self) -> Site:
-        if self._site is None:
-            raise ClosedError("the host is not running", hint="use `async with silo.Host(...) as host`")
-        return self._site
+        return _running(self._site)
 
     def _running_exporter(self) -> Exporter:
-        if self._exporter is None:
-            raise ClosedError("the host is not running", hint="use `async with silo.Host(...) as host`")
-        return self._exporter
+        return _running(self._exporter)
+
+    async def known_groups(self) -> list[str]:
+        """The groups of which the state directory knows something, open or not."""
+        return await self._running_state().groups()
+
+    async def known_volumes(self, name: str) -> dict[str, Geometry]:
+        """The volumes of a group that is not open, as the state directory remembers them; empty when it does not."""
+        state = await self._open_state(name)
+        try:
+            identity = await state.read_identity()
+        finally:
+            await state.aclose()
+        return {volume.name: volume.geometry for volume in identity.volumes} if identity is not None else {}
 
     async def export(self, group: HostedGroup, url: str) -> GroupExport:
         """Serve a group over NBD at ``unix:/path`` or ``tcp:host:port``, until the group or the host is closed."""
@@ -326,3 +337,9 @@ def _specs(devices: Mapping[str, BlockDevice | VolumeSpec]) -> dict[str, VolumeS
         name: device if isinstance(device, VolumeSpec) else VolumeSpec(device)
         for name, device in devices.items()
     }
+
+
+def _running(part: T | None) -> T:
+    if part is None:
+        raise ClosedError("the host is not running", hint="use `async with silo.Host(...) as host`")
+    return part

@@ -159,14 +159,11 @@ class Guest:
         self.stats.running = True
 
 
-async def _obey(guest: Guest, stop: asyncio.Event, line: str) -> str:
-    verb, _, argument = line.strip().partition(" ")
+async def _obey(guest: Guest, verb: str, argument: str) -> str:
     if verb in ("suspend", "stop"):
         await guest.suspend()
     if verb == "resume":
         await guest.resume(argument)
-    if verb == "stop":
-        stop.set()
     if verb in ("stats", "stop"):
         return msgspec.json.encode(guest.stats).decode()
     return "ok" if verb in ("suspend", "resume") else f"what is {verb!r}?"
@@ -177,8 +174,11 @@ def _listener(
 ) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
-            writer.write((await _obey(guest, stop, line.decode())).encode() + b"\n")
+            verb, _, argument = line.decode().strip().partition(" ")
+            writer.write((await _obey(guest, verb, argument)).encode() + b"\n")
             await writer.drain()
+            if verb == "stop":
+                stop.set()
         writer.close()
 
     return serve
