@@ -1,9 +1,7 @@
 """The committed map in memory: for every chunk of every volume, where the newest generation keeps it.
 
-56 bytes per chunk would not fit into memory for large disks. So the slots live in an unlinked sparse file that is
-mapped: the kernel keeps what is used in its page cache and may write the rest out, and what is never touched
-costs nothing. Before a page of the map is first written its space is reserved in the file, because a full disk
-must end in `CapacityError` and not in a signal.
+The slots are in sparse files (see `silo.sync.slots`), because 56 bytes per chunk would not fit into memory for large
+disks.
 
 A page of the map is *loaded* when all of its slots are known. In a loaded page the kind 0 means zero; in another
 one it means that only the store knows. Entries of segments since the root are applied whether the page is loaded
@@ -18,9 +16,6 @@ This is memory only. Reading pages from the store is `silo.sync.manifest`'s busi
 
 from __future__ import annotations
 
-import mmap
-import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 
@@ -29,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from silo.chunkmap import Indices
-from silo.errors import CapacityError, CorruptionError, InvariantError
+from silo.errors import CorruptionError, InvariantError
 from silo.sync.codec import Kind
 from silo.sync.head import PartRef
 from silo.sync.mappage import SLOT, Page, Slots, page_count
 from silo.sync.segment import Entries, Index
+from silo.sync.slots import SparseSlots
 
 __all__ = ["CommittedMap", "KeyTable", "Location", "VolumeMap"]
 
@@ -126,15 +122,9 @@ class VolumeMap:
         self.loaded: npt.NDArray[np.bool_] = np.ones(pages, dtype=np.bool_)
         self.loaded[list(self.parts)] = False
         self.changed: npt.NDArray[np.bool_] = np.zeros(pages, dtype=np.bool_)
-        self._used: npt.NDArray[np.bool_] = np.zeros(pages, dtype=np.bool_)
-        """Pages with a slot that is not 0."""
         self._keys = keys
         self._shift = page_chunks.bit_length() - 1
-        self._file = tempfile.TemporaryFile(prefix="silo-map-", dir=directory)  # noqa: SIM115 (closed by close)
-        os.ftruncate(self._file.fileno(), chunk_count * SLOT.itemsize)
-        self._slots: Slots = np.frombuffer(
-            mmap.mmap(self._file.fileno(), chunk_count * SLOT.itemsize), dtype=SLOT
-        )
+        self._slots = SparseSlots(chunk_count, directory)
 
     @property
     def page_total(self) -> int:
@@ -144,12 +134,11 @@ class VolumeMap:
     @property
     def file_bytes(self) -> int:
         """What the slots occupy in the file system, in memory or on disk as the kernel sees fit."""
-        return os.fstat(self._file.fileno()).st_blocks * 512
+        return self._slots.file_bytes
 
     def close(self) -> None:
         """Give the space back. The map must not be used afterwards."""
-        self._slots = np.zeros(0, dtype=SLOT)  # the mapping ends with its last view
-        self._file.close()
+        self._slots.close()
 
     # ---- asking -------------------------------------------------------------------------------------------
 
@@ -164,16 +153,16 @@ class VolumeMap:
 
     def locate(self, chunk: int) -> Location | None:
         """Where a chunk is; ``None`` when its page must be loaded first."""
-        slot = self._slots[chunk]
-        kind = int(slot["kind"])
-        if kind == Kind.ZERO or kind == 0:
+        slot = self._slots.get(chunk)
+        kind = 0 if slot is None else int(slot["kind"])
+        if slot is None or kind in (0, Kind.ZERO):
             return ZERO if kind or self.loaded[chunk >> self._shift] else None
         key = self._keys.key(int(slot["segment"])) if kind != Kind.INHERIT else ""
         return Location(Kind(kind), key, int(slot["offset"]), int(slot["length"]), slot["digest"].tobytes())
 
     def slots(self, first: int, limit: int) -> Slots:
         """A copy of the slots of chunks whose pages are loaded, with `Kind.ZERO` written out."""
-        copy = self._slots[first:limit].copy()
+        copy = self._slots.read(first, limit)
         copy["kind"][copy["kind"] == 0] = Kind.ZERO
         return copy
 
@@ -183,34 +172,31 @@ class VolumeMap:
 
     def digest(self, chunk: int) -> bytes | None:
         """The digest of a chunk with a payload; ``None`` when it has none, or is not known."""
-        slot = self._slots[chunk]
-        return slot["digest"].tobytes() if slot["kind"] in (Kind.RAW, Kind.ZSTD) else None
+        slot = self._slots.get(chunk)
+        if slot is None or slot["kind"] not in (Kind.RAW, Kind.ZSTD):
+            return None
+        return bytes(slot["digest"].tobytes())
 
     def is_zero(self, first: int, limit: int) -> bool:
         """Whether all chunks of a run are known to be zero."""
-        for page, low, high in self._split(first, limit):
-            if not self._used[page]:
-                if not self.loaded[page]:
-                    return False
-                continue
-            kind = self._slots["kind"][low:high]
-            known = (kind == Kind.ZERO) | ((kind == 0) & self.loaded[page])
-            if not bool(known.all()):
-                return False
-        return True
+        return all(bool(self._zeros(page, low, high).all()) for page, low, high in self._split(first, limit))
 
     def runs(self) -> Iterator[tuple[int, int, bool]]:
         """``(first, limit, stored)`` over the whole volume; ``stored`` is false for what is known to be zero."""
-        for page in range(self.page_total):
-            first, limit = self.extent_of(page)
-            if not self._used[page]:
-                yield first, limit, not self.loaded[page]
-                continue
-            kinds = self._slots["kind"][first:limit]
-            zero = (kinds == Kind.ZERO) | ((kinds == 0) & self.loaded[page])
-            edges = [0, *(np.flatnonzero(np.diff(zero)) + 1).tolist(), limit - first]
+        for page, first, limit in self._split(0, self.chunk_count):
+            zero = self._zeros(page, first, limit)
+            edges = [0, *(np.flatnonzero(np.diff(zero)) + 1).tolist(), len(zero)]
             for low, high in pairwise(edges):
-                yield first + low, first + high, not zero[low]
+                stop = limit if high == len(zero) else first + high
+                yield first + low, stop, not zero[low]
+
+    def _zeros(self, page: int, first: int, limit: int) -> npt.NDArray[np.bool_]:
+        """Which chunks of a run in one page are known to be zero; one value when all are alike for lack of slots."""
+        if self._slots.is_hole(first, limit):
+            return self.loaded[page : page + 1]
+        kinds = self._slots.kinds(first, limit)
+        zero: npt.NDArray[np.bool_] = (kinds == Kind.ZERO) | ((kinds == 0) & self.loaded[page])
+        return zero
 
     def _split(self, first: int, limit: int) -> Iterator[tuple[int, int, int]]:
         """``(page, first, limit)`` for each page that a run touches."""
@@ -222,18 +208,7 @@ class VolumeMap:
 
     def reserve(self, chunks: Indices) -> None:
         """Make sure that entries for these chunks can be stored. `CapacityError` when the disk is full."""
-        for page in np.unique(chunks >> self._shift):
-            self._reserve(int(page))
-
-    def _reserve(self, page: int) -> None:
-        if self._used[page]:
-            return
-        low, high = self.extent_of(page)
-        try:
-            os.posix_fallocate(self._file.fileno(), low * SLOT.itemsize, (high - low) * SLOT.itemsize)
-        except OSError as error:
-            raise CapacityError(f"there is no room for the map of a volume: {error.strerror}") from None
-        self._used[page] = True
+        self._slots.reserve(chunks)
 
     def apply(self, entries: Entries, key: str) -> None:
         """Take over the entries of the index of the segment ``key`` for this volume."""
@@ -255,27 +230,25 @@ class VolumeMap:
         for field in ("kind", "offset", "length", "key_id", "digest"):
             slots[field] = entries[field]
         slots["segment"] = self._keys.add(key, len(slots))
-        self._forget(self._slots[chunks])
-        self._slots[chunks] = slots
+        self._forget(self._slots.gather(chunks))
+        self._slots.put(chunks, slots)
         self.changed[np.unique(chunks >> self._shift)] = True
 
     def _apply_run(self, first: int, limit: int, entry: np.void) -> None:
         value = np.zeros(1, dtype=SLOT)
         value["kind"], value["digest"] = entry["kind"], entry["digest"]
+        is_zero = int(entry["kind"]) == Kind.ZERO
         for page, low, high in self._split(first, limit):
-            whole = (low, high) == self.extent_of(page)
-            if int(entry["kind"]) == Kind.ZERO and whole:
-                # A page of zeros needs no slots, and what the store has of it need never be loaded.
-                if self._used[page]:
-                    self._forget(self._slots[low:high])
-                    self._slots[low:high] = np.zeros(1, dtype=SLOT)
-                self.changed[page] |= self._used[page] or not self.loaded[page]
+            if is_zero and self.is_zero(low, high):
+                continue
+            self._forget(self._slots.read(low, high))
+            # In a loaded page nothing means zero. A whole page of zeros need never be loaded any more.
+            if is_zero and (self.loaded[page] or (low, high) == self.extent_of(page)):
+                self._slots.clear(low, high)
                 self.loaded[page] = True
-            elif not (int(entry["kind"]) == Kind.ZERO and self.is_zero(low, high)):
-                self._reserve(page)
-                self._forget(self._slots[low:high])
-                self._slots[low:high] = value
-                self.changed[page] = True
+            else:
+                self._slots.fill(low, high, value)
+            self.changed[page] = True
 
     def _forget(self, slots: Slots) -> None:
         """These slots are about to be overwritten."""
@@ -286,18 +259,18 @@ class VolumeMap:
         """Take over a page that was read from the store, except where newer entries are known already."""
         if self.loaded[page.page]:
             return
-        self._reserve(page.page)
         first, limit = self.extent_of(page.page)
-        known = self._slots["kind"][first:limit] != 0
-        slots = page.slots.copy()
-        paid = ((slots["kind"] == Kind.RAW) | (slots["kind"] == Kind.ZSTD)) & ~known
+        wanted = np.flatnonzero((page.slots["kind"] != Kind.ZERO) & (self._slots.kinds(first, limit) == 0))
+        self._slots.reserve(wanted + first)
+        slots = page.slots[wanted]
+        paid = (slots["kind"] == Kind.RAW) | (slots["kind"] == Kind.ZSTD)
         counts = np.bincount(slots["segment"][paid], minlength=len(page.keys))
         translation = np.zeros(max(1, len(page.keys)), dtype=np.uint32)
         for local, (key, count) in enumerate(zip(page.keys, counts.tolist(), strict=True)):
             if count:
                 translation[local] = self._keys.add(key, count)
         slots["segment"] = np.where(paid, translation[slots["segment"]], 0)
-        self._slots[first:limit][~known] = slots[~known]
+        self._slots.put(wanted + first, slots)
         self.loaded[page.page] = True
 
     def render(self, volume: str, page: int) -> Page | None:

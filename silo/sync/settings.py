@@ -35,7 +35,7 @@ class SyncSettings:
     """Largest segment. One PUT of this size costs what a PUT of one chunk costs."""
     window: int = 96 * MIB
     """Most bytes that are being uploaded at once. Memory is this, plus one segment being packed."""
-    batch_size: int = 2 * MIB
+    batch_size: int = MIB
     """Content that is hashed and compressed in one call in a thread: long against the 0.15 ms of the way there."""
     threads: int = 2
     """Threads that hash and compress."""

@@ -234,4 +234,4 @@ def test_a_sparse_disk_of_a_tebibyte_costs_what_is_used() -> None:
         committed.apply(index_of({}, [(1, chunks - 1)]), KEYS[1])
         assert volume.locate(chunks - 1) == Location(Kind.RAW, KEYS[0], 17, 1, digest_of(b"b"))
         assert volume.is_zero(1, chunks - 1)
-        assert volume.file_bytes <= 2 * 65536 * 56 + 8192
+        assert volume.file_bytes <= 4 * 16384 + 8192

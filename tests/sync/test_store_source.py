@@ -312,4 +312,4 @@ async def cancelling(clock: SimulatedClock) -> None:
 
 
 def test_cancelled_callers_disturb_nobody() -> None:
-    explore(cancelling, seeds=seeds(30))
+    explore(cancelling, seeds=seeds(10))
