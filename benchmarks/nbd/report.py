@@ -53,7 +53,7 @@ def best_ratio(measured: Measured, name: str) -> tuple[str, Summary] | None:
 
 def describe(machine: Machine, load_after: Sequence[float], rounds: int, runtime_s: float) -> list[str]:
     """The lines that stand above every table."""
-    tools = ", ".join(f"{name}: {version}" for name, version in machine.tools.items())
+    tools = ", ".join(machine.tools.values())
     loads = " → ".join(f"{load:.1f}" for load in (machine.load[0], load_after[0]))
     return [
         f"{machine.cores} × {machine.cpu}, {machine.memory_gib} GiB, Linux {machine.kernel}, "

@@ -12,6 +12,7 @@ from benchmarks.common.machine import Machine, busy_time, describe_machine
 from benchmarks.common.table import Table, print_table, to_markdown
 from benchmarks.nbd.contenders import CONTENDERS
 from benchmarks.nbd.fio import Cell
+from benchmarks.nbd.plot import plot_ratios
 from benchmarks.nbd.report import QUANTITIES, Measured, best_ratio, ratio_table, tables, to_json
 from benchmarks.nbd.rows import QUICK, ROWS, select
 from silo.errors import InvalidRequestError
@@ -70,6 +71,15 @@ def test_one_table_two_faces(tmp_path: Path) -> None:
     with (tmp_path / "out").open("w") as file:
         print_table(table, Console(file=file, width=80))
     assert "Title" in (tmp_path / "out").read_text()
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    """The same numbers give the same file, so that the documentation changes only when they do."""
+    pytest.importorskip("matplotlib")
+    for name in ("a.svg", "b.svg"):
+        assert plot_ratios([measured()], tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert not plot_ratios([], tmp_path / "c.svg")
 
 
 def test_rows_are_selected_by_pattern() -> None:
