@@ -113,8 +113,10 @@ async def test_a_released_chunk_is_overwritten_without_a_copy():
     group, (volume, _) = two_volumes()
     cut = group.take()
     part = cut.volumes["disk"]
+    captured = await part.read(0)
     part.release(0)
     assert volume.write_nowait(0, NEW)
+    assert bytes(captured) == OLD
     assert cut.copied_bytes == 0
     assert volume.write_nowait(2 * CHUNK, NEW)
     assert cut.copied_bytes == CHUNK

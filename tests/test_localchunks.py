@@ -564,6 +564,19 @@ async def test_a_failed_flush_promises_nothing(failing):
     assert keeper.states == bytes([PRESENT])
 
 
+@pytest.mark.parametrize("residency", [ABSENT, PEER, UNPUNCHED])
+async def test_a_first_write_to_another_chunk_needs_a_checkpoint(residency):
+    """The last one says that the device does not have it, and would be believed after a power loss."""
+    keeper = KeptMaps()
+    _, volume = make_volume(HeldDevice(CHUNK, slow="zero"), residency, keeper=keeper)
+    volume.chunks.states[0] |= FROZEN  # so that it is not punched
+    await volume.flush()
+    volume.chunks.states[0] &= ~FROZEN & 0xFF
+    volume.write_nowait(0, OLD)
+    await volume.flush()
+    assert keeper.states == bytes([PRESENT | SYNC_DIRTY])
+
+
 async def test_a_first_write_to_a_zero_chunk_needs_no_checkpoint():
     """A checkpoint takes ZERO for *as the device has it*, so a fresh disk is flushed without writing maps."""
     keeper = KeptMaps()

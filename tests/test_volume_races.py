@@ -27,6 +27,7 @@ async def test_zeroing_is_not_undone_by_a_write_that_began_before():
         write = await device.next("write")
         zeroed = tasks.create_task(volume.zero(0, CHUNK))
         await everything_else()
+        assert not volume.zero_nowait(0, CHUNK)
         write.release()
     assert zeroed.done()
     assert bytes(await volume.read(BLOCK, CHUNK - BLOCK)) == bytes(CHUNK - BLOCK)
@@ -86,6 +87,52 @@ async def test_a_chunk_is_dirty_while_a_write_to_it_is_under_way():
         assert chunks_with(volume, SYNC_DIRTY) == [0]
         write.release()
     assert chunks_with(volume, SYNC_DIRTY) == [0]
+
+
+@interleaved
+async def test_a_write_marks_again_for_a_migration_that_looked_meanwhile():
+    """The round that took the chunk may have copied it before the write landed."""
+    device = HeldDevice(CHUNK, slow="write", hold="write")
+    group, volume = make_volume(device)
+    group.record_migration(True)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(volume.write(0, NEW))
+        write = await device.next("write")
+        assert group.take_migration()["disk"].tolist() == [0]
+        write.release()
+    assert group.take_migration()["disk"].tolist() == [0]
+
+
+@interleaved
+async def test_a_write_is_marked_however_it_came_to_the_device():
+    """The fast path met an obstacle, and the slow path removes it in passing: the mark comes first all the same."""
+    device = HeldDevice(CHUNK, slow="write", hold="write")
+    _, volume = make_volume(device, Residency.ZERO_UNPUNCHED)
+    answers = [False, True]
+    zero = device.zero_nowait
+    device.zero_nowait = lambda offset, length: answers.pop(0) and zero(offset, length)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(volume.write(0, NEW[:BLOCK]))
+        write = await device.next("write")
+        assert chunks_with(volume, SYNC_DIRTY) == [0]
+        write.release()
+    assert answers == []
+
+
+@interleaved
+async def test_a_flush_does_not_punch_what_is_being_written():
+    """A chunk that is zero in the map still, with a covering write in its device phase."""
+    device = HeldDevice(CHUNK, slow="write", hold="write flush")
+    _, volume = make_volume(device, Residency.ZERO_UNPUNCHED)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(volume.write(0, NEW))
+        write = await device.next("write")
+        tasks.create_task(volume.flush())
+        flush = await device.next("flush")
+        assert device.log == []
+        write.release()
+        flush.release()
+    assert bytes(await volume.read(0, CHUNK)) == NEW
 
 
 @interleaved
