@@ -179,7 +179,9 @@ class ObjectStore(abc.ABC):
         """Write an object only if the key holds the ETag ``match``; ``None`` means only if there is no object.
 
         Returns the new ETag, or ``None`` when the condition was false (and nothing was written). Atomic
-        against every other writer. Raises `UnavailableError` when the outcome is unknown.
+        against every other `put_if` and against `delete`; a key that is changed so is never changed by `put`,
+        whose place among them some servers get wrong. `UnavailableError`: the outcome is unknown, which the
+        loser of a race may also be told.
         """
 
     @abc.abstractmethod

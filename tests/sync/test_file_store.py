@@ -212,6 +212,19 @@ async def test_what_the_dead_left_is_swept_and_the_living_are_left_alone(
     assert sorted(path.name for path in (tmp_path / CORNER).iterdir()) == ["locks", "opening"]
 
 
+async def test_a_plain_put_takes_its_turn_too(tmp_path: Path, clock: SystemClock) -> None:
+    """Whichever comes first, a put or a compare-and-swap of what was there before, the put is what stays."""
+    stores = [FileStore(tmp_path, clock) for _ in range(2)]
+    for _ in range(20):
+        old = await stores[0].put("head", [b"old"])
+        async with asyncio.TaskGroup() as group:
+            group.create_task(stores[0].put_if("head", [b"swapped"], match=old))
+            group.create_task(stores[1].put("head", [b"put"]))
+        assert (tmp_path / "head").read_bytes() == b"put"
+    for store in stores:
+        await store.aclose()
+
+
 @pytest.mark.crash
 async def test_killed_at_any_point_every_object_is_old_or_new(tmp_path: Path, clock: SystemClock) -> None:
     acknowledged = 0
