@@ -137,7 +137,7 @@ class VolumeMap:
         return self._slots.file_bytes
 
     def close(self) -> None:
-        """Give the space back. The map must not be used afterwards."""
+        """Give the space back. Questions about chunks raise `ClosedError` afterwards."""
         self._slots.close()
 
     # ---- asking -------------------------------------------------------------------------------------------
@@ -320,7 +320,6 @@ class CommittedMap:
             volume.apply(entries, key)
 
     def close(self) -> None:
-        """Give all space back."""
+        """Give all space back. Twice is harmless."""
         for volume in self.volumes.values():
             volume.close()
-        self.volumes.clear()

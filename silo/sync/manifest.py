@@ -24,7 +24,7 @@ from silo.sync.head import Head, PartRef, SegmentRef, VolumeInfo
 from silo.sync.mappage import Root, page_chunks_for, parse_page, parse_root
 from silo.sync.reader import StoreReader
 from silo.sync.segment import Index, parse_index
-from silo.sync.tasks import task_group
+from silo.tasks import task_group
 
 __all__ = ["Manifest", "parse_index_of"]
 

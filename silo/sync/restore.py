@@ -31,8 +31,8 @@ from silo.sync.manifest import Manifest
 from silo.sync.mappage import Slots
 from silo.sync.reader import StoreReader
 from silo.sync.runs import plan_runs
-from silo.sync.tasks import task_group
 from silo.sync.workers import Stored, Workers
+from silo.tasks import task_group
 
 __all__ = ["Progress", "mark_absent", "open_newest", "restore_volume"]
 

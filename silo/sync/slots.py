@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from silo.chunkmap import Indices, runs_of
-from silo.errors import CapacityError
+from silo.errors import CapacityError, ClosedError
 from silo.sync.mappage import SLOT, Slots
 
 __all__ = ["SparseSlots"]
@@ -34,7 +34,7 @@ class SparseSlots:
     """``count`` slots. ``directory`` holds the file; on a tmpfs it counts as memory."""
 
     def __init__(self, count: int, directory: str | None = None) -> None:
-        self._count = count
+        self._closed = False
         pieces = -(-count * SIZE // PIECE)
         self._file = tempfile.TemporaryFile(prefix="silo-map-", dir=directory)  # noqa: SIM115 (closed by close)
         os.ftruncate(self._file.fileno(), pieces * PIECE)
@@ -48,14 +48,20 @@ class SparseSlots:
         return os.fstat(self._file.fileno()).st_blocks * 512
 
     def close(self) -> None:
-        """Give the space back. Twice is harmless; any other use afterwards is not."""
+        """Give the space back. Twice is harmless; every other call afterwards raises `ClosedError`."""
+        self._closed = True
         self._slots = np.zeros(0, dtype=SLOT)  # the mapping ends with its last view
         self._file.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("a map was asked after it had been closed")
 
     # ---- reading ------------------------------------------------------------------------------------------
 
     def get(self, index: int) -> np.void | None:
         """One slot; ``None`` when it is zero because there is nothing."""
+        self._check_open()
         start = index * SIZE
         if self._present[start // PIECE] and self._present[(start + SIZE - 1) // PIECE]:
             return self._slots[index]  # type: ignore[no-any-return]
@@ -63,6 +69,7 @@ class SparseSlots:
 
     def gather(self, indices: Indices) -> Slots:
         """A copy of some slots."""
+        self._check_open()
         start = indices * SIZE
         there = self._present[start // PIECE] & self._present[(start + SIZE - 1) // PIECE]
         found = np.zeros(len(indices), dtype=SLOT)
@@ -85,12 +92,14 @@ class SparseSlots:
 
     def is_hole(self, first: int, limit: int) -> bool:
         """Whether nothing at all is there, and everything reads as zero. False does not mean the opposite."""
+        self._check_open()
         low, high = _pieces_of(first, limit)
         return not bool(self._present[low:high].any())
 
     def _spans(self, first: int, limit: int) -> Iterator[tuple[int, int]]:
         """Runs of slots that lie wholly in pieces that are there. All others are zero: a slot was written only
         after both of its pieces had been reserved."""
+        self._check_open()
         low, high = _pieces_of(first, limit)
         for start, stop in runs_of(np.flatnonzero(self._present[low:high]) + low):
             span = max(first, -(-start * PIECE // SIZE)), min(limit, stop * PIECE // SIZE)
@@ -105,6 +114,7 @@ class SparseSlots:
         self._reserve(np.concatenate((start // PIECE, (start + SIZE - 1) // PIECE)))
 
     def _reserve(self, pieces: Indices) -> None:
+        self._check_open()
         missing = np.unique(pieces[~self._present[pieces]])
         for low, high in runs_of(missing):
             try:

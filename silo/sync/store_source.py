@@ -48,7 +48,8 @@ class StoreSource(ChunkSource):
 
     def __init__(self, manifest: Manifest, reader: StoreReader) -> None:
         self.manifest = manifest
-        """Where chunks are looked up. May be replaced by a newer generation of the same group at any time."""
+        """Where chunks are looked up. May be replaced by a newer generation of the same group at any time; the old
+        one may be closed then."""
         self.fetched_chunks = 0
         self._reader = reader
         self._decoder = ChunkDecoder()
@@ -70,9 +71,20 @@ class StoreSource(ChunkSource):
         )
 
     async def _fetch(self, volume: str, chunk: int, *, demand: bool) -> Buffer | None:
+        while True:
+            manifest = self.manifest
+            try:
+                return await self._fetch_from(manifest, volume, chunk, demand=demand)
+            except SiloError:
+                if manifest is self.manifest:
+                    raise  # else it was replaced, and perhaps closed, while we read
+
+    async def _fetch_from(
+        self, manifest: Manifest, volume: str, chunk: int, *, demand: bool
+    ) -> Buffer | None:
         error = CorruptionError(f"chunk {chunk} of {volume} is missing from the store")
         for _ in range(2):
-            location = await self.manifest.locate(volume, chunk, demand=demand)
+            location = await manifest.locate(volume, chunk, demand=demand)
             if location.kind is Kind.ZERO:
                 return None
             if location.kind is Kind.INHERIT:
@@ -80,9 +92,9 @@ class StoreSource(ChunkSource):
                     f"chunk {chunk} of {volume} is in the base image {location.digest.hex()}",
                     hint="restore onto an overlay over that image",
                 )
-            info = self.manifest.head.volume(volume)
+            info = manifest.head.volume(volume)
             if info is None:
-                raise CorruptionError(f"generation {self.manifest.head.generation} lost its volume {volume}")
+                raise CorruptionError(f"generation {manifest.head.generation} lost its volume {volume}")
             length = info.geometry.extent_of(chunk)[1]
             try:
                 content = await (self._read_alone if demand else self._read_along)(location, length)

@@ -105,6 +105,10 @@ class Syncer:
         """
         if register.head is None:
             raise InvariantError(f"group {group.name} was never claimed here")
+        if register.head.seq:
+            raise InvariantError(
+                "a syncer needs a claim of its own", hint="it would use keys for a second time"
+            )
         check_volumes(register.head, volume_infos(group))
         reader = StoreReader(store, clock, fetch)
         manifest = await Manifest.open(register.head, reader, directory=directory)

@@ -35,8 +35,8 @@ from silo.sync.planner import batches, coldest_first
 from silo.sync.segment import ENTRY, SegmentBuilder
 from silo.sync.sender import ObjectSender
 from silo.sync.settings import SyncSettings
-from silo.sync.tasks import task_group
 from silo.sync.workers import Workers
+from silo.tasks import task_group
 
 __all__ = ["CutUpload", "Uploader"]
 
@@ -159,7 +159,9 @@ class CutUpload:
 
     async def _pack_zeros(self, part: VolumeCut) -> None:
         written: Indices = np.array(sorted(self._zeros[part.name]), dtype=np.int64)
-        for first, limit in merged([*part.zeros, *runs_of(written)]):
+        for number, (first, limit) in enumerate(merged([*part.zeros, *runs_of(written)])):
+            if number % 1024 == 1023:
+                await asyncio.sleep(0)
             if not self._shared.pending.is_zero(part.name, first, limit):
                 self._shared.manifest.volume(part.name).reserve(np.array([first, limit - 1]))
                 await self._make_room(0)

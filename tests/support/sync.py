@@ -21,7 +21,7 @@ from silo.sync.register import Register
 from silo.sync.restore import open_newest, restore_volume
 from silo.sync.settings import FetchSettings, RetrySettings, SyncSettings
 from silo.sync.syncer import Syncer
-from silo.sync.tasks import task_group
+from silo.tasks import task_group
 from silo.volume import Volume
 
 CHUNK = CHUNK_SIZE_MIN

@@ -11,7 +11,7 @@ import pytest
 
 from silo.chunkmap import ChunkMap, Residency
 from silo.devices.memory import MemoryDevice
-from silo.errors import CorruptionError, UnavailableError
+from silo.errors import ClosedError, CorruptionError, UnavailableError
 from silo.geometry import Geometry
 from silo.group import Group
 from silo.sync.codec import Kind, digest_of
@@ -58,7 +58,7 @@ async def source_of(
         yield source
     finally:
         await source.aclose()
-        manifest.close()
+        source.manifest.close()
 
 
 def content_of(image: bytes, chunk: int) -> bytes | None:
@@ -232,6 +232,28 @@ async def test_a_guest_is_waited_for_and_the_background_is_not(clock: SimulatedC
         found = fetch.result()
         assert found is not None
         assert bytes(found) == content_of(image, 4)
+
+
+@simulated
+async def test_the_manifest_may_be_replaced_while_it_is_used(clock: SimulatedClock) -> None:
+    """Whoever was reading through the old one, which is closed, reads through the new one."""
+    store, image = await filled_store(clock, checkpoint_segments=1)
+    async with source_of(store, clock, complete=False) as source:
+        old = source.manifest
+        store.inject(FaultKind.HOLD, Verb.GET, times=3)
+        async with asyncio.TaskGroup() as tasks:
+            fetches = [tasks.create_task(source.fetch("disk", 4, demand=demand)) for demand in (True, False)]
+            await store.wait_held(2)
+            store.rules.clear()
+            source.manifest = await Manifest.open(old.head, StoreReader(store.client(), clock, FETCH))
+            old.close()
+            store.release_held()
+        for fetch in fetches:
+            found = fetch.result()
+            assert found is not None
+            assert bytes(found) == content_of(image, 4)
+        with pytest.raises(ClosedError):
+            await old.locate("disk", 4, demand=True)
 
 
 @simulated

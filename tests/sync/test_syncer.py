@@ -25,6 +25,7 @@ from silo.sync.head import WriterState, encode_head, parse_head
 from silo.sync.memory_store import MemoryStore
 from silo.sync.status import SyncPhase
 from silo.sync.store_faults import FaultKind, Outcome, Verb
+from silo.sync.syncer import Syncer
 from silo.testing.loop import SimulatedClock
 from tests.support.logs import ExpectedLogs
 from tests.support.simulated import simulated
@@ -554,6 +555,17 @@ async def test_volumes_are_checked_and_may_be_added(clock: SimulatedClock) -> No
         await it.syncer.sync_now()
         assert await restored(store.client(), clock) == it.image()
         assert {volume.name for volume in stored_head(store).volumes} == {"a", "b"}
+
+
+@simulated
+async def test_a_claim_serves_one_syncer(clock: SimulatedClock) -> None:
+    """A second one would use the keys of the first again."""
+    store = MemoryStore(clock)
+    async with syncing(store.client(), clock) as it:
+        await it.write(1, b"one")
+        await it.syncer.sync_now()
+        with pytest.raises(InvariantError, match="claim of its own"):
+            await Syncer.open(it.group, it.register, store.client(), clock)
 
 
 @simulated

@@ -6,8 +6,8 @@ from contextlib import closing
 
 from silo.errors import CorruptionError
 from silo.sync.codec import Kind, digest_of
-from silo.sync.tasks import task_group
 from silo.sync.workers import Stored, Workers
+from silo.tasks import task_group
 
 NOISE = b"".join(digest_of(bytes([number])) for number in range(128))
 
