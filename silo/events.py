@@ -26,6 +26,7 @@ __all__ = [
     "Progress",
     "RoundStarted",
     "StepFailed",
+    "SwitchedOver",
 ]
 
 
@@ -111,6 +112,15 @@ class Progress(MigrationEvent):
     """Content that is still to be sent in this phase, as far as is known."""
     eta_s: float | None
     """Seconds until nothing remains at this rate; ``None`` when that is not known."""
+
+
+@attrs.frozen(kw_only=True)
+class SwitchedOver(MigrationEvent):
+    """Source: the guest runs on the other host. The fields are those of the report."""
+
+    downtime_ms: float
+    workload_ms: float
+    bytes_peer: int
 
 
 @attrs.frozen(kw_only=True)

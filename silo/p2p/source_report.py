@@ -6,7 +6,7 @@ import asyncio
 from typing import Never
 
 from silo.abc import Clock
-from silo.events import MigrationReport, Outcome, Phase, Progress
+from silo.events import MigrationReport, Outcome, Phase, Progress, SwitchedOver
 from silo.p2p.handover import SourceState
 from silo.p2p.messages import Evacuated, Taken
 from silo.p2p.pusher import Pusher
@@ -51,6 +51,12 @@ class SourceReport:
         if self._stopped_at is not None and self._downtime_s is None:
             self._workload_s = spent_s - self._spent_before + message.workload_s
             self._downtime_s = self._clock.monotonic() - self._stopped_at - self._workload_s
+            self._watch.tell(
+                SwitchedOver,
+                downtime_ms=self._downtime_s * 1e3,
+                workload_ms=self._workload_s * 1e3,
+                bytes_peer=self._pusher.meter.total,
+            )
 
     def evacuated(self, message: Evacuated) -> None:
         """EVACUATED arrived."""
