@@ -125,24 +125,23 @@ class OverlayDevice(BlockDevice):
     def _read_part_nowait(self, residency: int, offset: int, length: int) -> Buffer | None:
         if residency == OWNED:
             return self._data.read_nowait(offset, length)
-        if residency == ZERO:
+        inside = self._base.size - offset
+        if residency == ZERO or inside <= 0:
             return zeros(length)
-        beyond = offset + length - self._base.size
-        if beyond <= 0:
+        if inside >= length:
             return self._base.read_nowait(offset, length)
-        found = self._base.read_nowait(offset, length - beyond) if length > beyond else b""
-        return None if found is None else b"".join((found, zeros(beyond)))
+        found = self._base.read_nowait(offset, inside)
+        return None if found is None else b"".join((found, zeros(length - inside)))
 
     async def _read_part(self, residency: int, offset: int, length: int) -> Buffer:
         if residency == OWNED:
             return await self._data.read(offset, length)
-        if residency == ZERO:
+        inside = self._base.size - offset
+        if residency == ZERO or inside <= 0:
             return zeros(length)
-        beyond = offset + length - self._base.size
-        if beyond <= 0:
+        if inside >= length:
             return await self._base.read(offset, length)
-        found = await self._base.read(offset, length - beyond) if length > beyond else b""
-        return b"".join((found, zeros(beyond)))
+        return b"".join((await self._base.read(offset, inside), zeros(length - inside)))
 
     # ---- writing ----------------------------------------------------------------------------------------
 

@@ -120,9 +120,9 @@ class OverlayFolder:
 
     def _prepare_blocking(self, base: Base, size: int | None, cell_size: int | None) -> int | None:
         if self._record.exists():
-            if not self.data.exists():
+            if not (self.data.exists() and self.data.stat().st_size):
                 raise CorruptionError(
-                    f"{self.data} is missing", hint="put it back, or remove the whole folder"
+                    f"{self.data} is missing or empty", hint="put it back, or remove the whole folder"
                 )
             return None
         cells = _new_cells(base, size or base.device.size, cell_size)
