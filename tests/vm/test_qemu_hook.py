@@ -124,7 +124,7 @@ async def receive(machine: Machine, clock: SystemClock, ready: asyncio.Event, se
 
 @pytest.mark.vm
 @pytest.mark.slow
-async def test_a_machine_moves_and_never_forgets_where_it_was(machines, clock, expect_log):
+async def test_a_machine_moves_and_never_forgets_where_it_was(machines, clock):
     """Its count lives in its memory: were it started anew, or run twice, the numbers on the disk would tell."""
     here, there = machines
     directory = here.directory
@@ -160,3 +160,4 @@ async def test_a_machine_moves_and_never_forgets_where_it_was(machines, clock, e
                 report = await move.wait_released()
     assert count < arrived[0] < arrived[1]
     assert report.downtime_ms is not None
+    assert not (directory / "a" / "vm1.pid").exists(), "the machine here was not fenced"
