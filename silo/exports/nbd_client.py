@@ -22,7 +22,7 @@ from silo.abc import Buffer
 from silo.errors import ClosedError, RemoteProtocolError, SiloError, UnavailableError
 from silo.exports.nbd_client_dial import CONNECT_TIMEOUT_S, converse
 from silo.exports.nbd_client_handshake import RICHEST_FIRST, RemoteExport, open_export
-from silo.exports.nbd_client_replies import NbdRequest
+from silo.exports.nbd_client_request import NbdRequest
 from silo.exports.nbd_client_session import ClientSession
 from silo.exports.nbd_session import HeaderStyle
 from silo.exports.nbd_uri import parse_uri

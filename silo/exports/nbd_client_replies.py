@@ -9,20 +9,17 @@ along with its header is copied from there; the rest is received straight into t
 named, followed, in the same receive, by whatever comes next. So a payload of a megabyte is copied to about a
 sixteenth, and a small one costs no system call of its own.
 
-The server is not trusted. Cookies that nobody waits for, content outside of the request or twice in it, a
-success that leaves bytes untold, lengths without reason: each raises `RemoteProtocolError`, after which the
-connection cannot be used, since nobody knows where the next header starts.
+The server is not trusted. Cookies that nobody waits for, chunks of unknown kinds, lengths without reason, and
+whatever `silo.exports.nbd_client_request` objects to raise `RemoteProtocolError`, after which the connection cannot be
+used, since nobody knows where the next header starts.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
 from typing import Final
 
-import attrs
-
-from silo.errors import RemoteProtocolError, SiloError
+from silo.errors import InvariantError, RemoteProtocolError
 from silo.exports.nbd_chunks import (
     OFFSET,
     decode_error,
@@ -30,6 +27,7 @@ from silo.exports.nbd_chunks import (
     decode_status,
     decode_status_extended,
 )
+from silo.exports.nbd_client_request import NbdRequest
 from silo.exports.nbd_session import HeaderStyle
 from silo.exports.nbd_wire import (
     EXTENDED_REPLY,
@@ -41,12 +39,10 @@ from silo.exports.nbd_wire import (
     STRUCTURED_REPLY_MAGIC,
     ChunkType,
     Command,
-    NbdError,
     ReplyFlag,
-    error_from_code,
 )
 
-__all__ = ["NbdRequest", "ReplyReader"]
+__all__ = ["ReplyReader"]
 
 STAGING_SIZE: Final = 64 * 1024
 """Sixteen replies with 4 KiB each per receive; more was not faster, and memory is paid per connection."""
@@ -60,35 +56,6 @@ _CHUNK_STYLES: Final = {
     HeaderStyle.STRUCTURED: (STRUCTURED_REPLY, STRUCTURED_REPLY_MAGIC),
     HeaderStyle.EXTENDED: (EXTENDED_REPLY, EXTENDED_REPLY_MAGIC),
 }
-
-
-@attrs.define(eq=False)
-class NbdRequest:
-    """A request on its way, and what is known of its reply."""
-
-    cookie: int
-    command: Command
-    offset: int
-    length: int
-    into: memoryview | None = None
-    """For READ: where the content goes. None once nobody wants it any more."""
-    contexts: Mapping[int, str] = attrs.field(factory=dict)
-    """For BLOCK_STATUS: the contexts that the reply must tell about."""
-    one: bool = False
-    """For BLOCK_STATUS: a single extent was asked for."""
-    abandoned: bool = False
-    content: list[tuple[int, int]] = attrs.field(factory=list)
-    """Extents ``(offset, length)`` of the content received so far."""
-    status: dict[str, list[tuple[int, int]]] = attrs.field(factory=dict)
-    """Per context, ``(length, flags)`` of consecutive extents."""
-    error: SiloError | None = None
-    code: int = 0
-    """The server's error code, 0 for success."""
-
-    def __str__(self) -> str:
-        if self.command is Command.FLUSH:
-            return "flush"
-        return f"{self.command.name.lower()} of {self.length} bytes at {self.offset}"
 
 
 class ReplyReader:
@@ -136,8 +103,7 @@ class ReplyReader:
 
     def forget(self, request: NbdRequest) -> None:
         """Nobody wants the content of this request any more: its memory is not written to from now on."""
-        request.abandoned = True
-        request.into = None
+        request.forget()
         if (
             self._request is request
             and self._sink is not None
@@ -188,7 +154,7 @@ class ReplyReader:
     def _complete_payload(self) -> None:
         request, kind, self._request, self._sink = self._request, self._kind, None, None
         if request is None:
-            raise RemoteProtocolError("a payload belongs to no request")
+            raise InvariantError("a payload belongs to no request")
         if kind is not None and kind != ChunkType.OFFSET_DATA:
             self._take_control(request, kind)
         if self._done:
@@ -199,34 +165,16 @@ class ReplyReader:
         payload, self._control = self._control, bytearray()
         if kind & _ERROR_BIT:
             chunk = decode_error(payload, has_offset=kind == ChunkType.ERROR_OFFSET)
-            self._fail(request, chunk.code, chunk.message)
+            request.fail(chunk.code, chunk.message)
         elif kind == ChunkType.OFFSET_HOLE:
             offset, length = decode_offset_hole(payload)
-            target = self._claim(request, offset, length)
+            target = request.claim(offset, length)
             if target is not None:
                 target[:] = bytes(length)
         else:
             extended = kind == ChunkType.BLOCK_STATUS_EXT
             context_id, extents = decode_status_extended(payload) if extended else decode_status(payload)
-            self._take_status(request, context_id, extents)
-
-    def _take_status(self, request: NbdRequest, context_id: int, extents: list[tuple[int, int]]) -> None:
-        name = request.contexts.get(context_id)
-        if name is None or name in request.status:
-            raise RemoteProtocolError(f"the status of context {context_id} was not asked for, or comes twice")
-        if request.one and (len(extents) > 1 or extents[0][0] > request.length):
-            raise RemoteProtocolError("more status was told than the one extent that was asked for")
-        if sum(length for length, _ in extents[:-1]) >= request.length:
-            raise RemoteProtocolError("the status goes on past the extent that was asked for")
-        request.status[name] = extents
-
-    def _claim(self, request: NbdRequest, offset: int, length: int) -> memoryview | None:
-        """Note that content arrives; the memory that it belongs to, or None when nobody wants it any more."""
-        start = offset - request.offset
-        if request.command is not Command.READ or start < 0 or start + length > request.length:
-            raise RemoteProtocolError(f"content for {offset}+{length} is outside of the {request}")
-        request.content.append((offset, length))
-        return None if request.into is None else request.into[start : start + length]
+            request.take_status(context_id, extents)
 
     # Headers
 
@@ -259,11 +207,11 @@ class ReplyReader:
         request = self._waiting(cookie)
         self._start += SIMPLE_REPLY.size
         if code:
-            self._fail(request, code, "")
+            request.fail(code, "")
         elif request.command is Command.READ:
             if self._style is not HeaderStyle.SIMPLE:
                 raise RemoteProtocolError("a simple reply to a read, though structured ones were agreed upon")
-            target = self._claim(request, request.offset, request.length)
+            target = request.claim(request.offset, request.length)
             self._begin_payload(request, None, request.length if target is None else target, done=True)
             return True
         self._finish(request)
@@ -285,7 +233,7 @@ class ReplyReader:
                 raise RemoteProtocolError("a chunk of content is empty")
             offset: int = OFFSET.unpack_from(self._staging, self._start + header.size)[0]
             size = length - OFFSET.size
-            target = self._claim(request, offset, size)
+            target = request.claim(offset, size)
             self._start += header.size + OFFSET.size
             self._begin_payload(request, kind, size if target is None else target, done=done)
             return True
@@ -318,36 +266,9 @@ class ReplyReader:
         extended = self._style is HeaderStyle.EXTENDED
         return ChunkType.BLOCK_STATUS_EXT if extended else ChunkType.BLOCK_STATUS
 
-    # Ends
-
-    def _fail(self, request: NbdRequest, code: int, message: str) -> None:
-        """Note the first error of a request."""
-        if request.error is None:
-            name = NbdError(code).name if code in NbdError.__members__.values() else f"error {code}"
-            request.code = code
-            request.error = error_from_code(code, f"{request}: {message or name}")
-
     def _finish(self, request: NbdRequest) -> None:
-        """The last part of a reply is here; it must be complete unless it is an error."""
+        """The last part of a reply is here."""
         del self._pending[request.cookie]
-        request.into = None  # a bytearray cannot be resized while somebody has a view of it
-        if request.error is None:
-            if request.command is Command.READ:
-                self._check_content(request)
-            elif request.command is Command.BLOCK_STATUS and len(request.status) != len(request.contexts):
-                raise RemoteProtocolError(f"the reply to the {request} leaves out a context")
+        request.finish()
         if not request.abandoned:
             self._finished.append(request)
-
-    @staticmethod
-    def _check_content(request: NbdRequest) -> None:
-        """All of the bytes, each of them once."""
-        position = request.offset
-        for offset, length in sorted(request.content):
-            if offset != position:
-                raise RemoteProtocolError(
-                    f"the content of the {request} has a gap or an overlap at {position}"
-                )
-            position += length
-        if position != request.offset + request.length:
-            raise RemoteProtocolError(f"the content of the {request} ends at {position}")

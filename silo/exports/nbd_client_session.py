@@ -24,7 +24,8 @@ from silo.abc import Buffer
 from silo.errors import InvalidRequestError
 from silo.exports.nbd_chunks import encode_status_filter
 from silo.exports.nbd_client_handshake import RemoteExport
-from silo.exports.nbd_client_replies import NbdRequest, ReplyReader
+from silo.exports.nbd_client_replies import ReplyReader
+from silo.exports.nbd_client_request import NbdRequest
 from silo.exports.nbd_session import HeaderStyle
 from silo.exports.nbd_wire import (
     EXTENDED_REQUEST,

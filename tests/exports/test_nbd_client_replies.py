@@ -16,7 +16,8 @@ from silo.exports.nbd_chunks import (
     encode_status,
     encode_status_extended,
 )
-from silo.exports.nbd_client_replies import STAGING_SIZE, NbdRequest, ReplyReader
+from silo.exports.nbd_client_replies import STAGING_SIZE, ReplyReader
+from silo.exports.nbd_client_request import NbdRequest
 from silo.exports.nbd_session import HeaderStyle
 from silo.exports.nbd_wire import (
     EXTENDED_REPLY,
@@ -242,6 +243,9 @@ NONSENSE: dict[str, Stream] = {
     "an overlap": lambda case, request: (
         case.data(request, 4096, bytes(4), done=False) + case.data(request, 4098, bytes(4))
     ),
+    "too much": lambda case, request: (
+        case.data(request, 4096, bytes(8), done=False) + case.data(request, 4096, bytes(1), done=False)
+    ),
     "nothing at all": lambda case, request: case.chunk(request, ChunkType.NONE),
     "an open end": lambda case, request: case.chunk(request, ChunkType.NONE, done=False),
     "an end with content": lambda case, request: case.chunk(request, ChunkType.NONE, b"!"),
@@ -266,6 +270,26 @@ def test_nonsense_is_named(style: HeaderStyle, nonsense: Stream) -> None:
         stream = nonsense(case, case.expect(1, Command.READ, 4096, 8))
         with pytest.raises(RemoteProtocolError):
             case.feed(stream, piece)
+
+
+def test_a_reply_in_endless_pieces_is_cut_short() -> None:
+    """What it costs to remember them is bounded, whatever the server does."""
+    case = Reading(HeaderStyle.STRUCTURED)
+    length = 200_000
+    request = case.expect(1, Command.READ, 0, length)
+    even = b"".join(case.data(request, offset, b"x", done=False) for offset in range(0, length, 2))
+    with pytest.raises(RemoteProtocolError, match="too many pieces"):
+        case.feed(even)
+    assert request.error is None
+
+
+def test_pieces_in_order_are_not_counted() -> None:
+    case = Reading(HeaderStyle.STRUCTURED)
+    length = 100_000
+    request = case.expect(1, Command.READ, 0, length)
+    stream = b"".join(case.data(request, offset, b"x", done=False) for offset in range(length))
+    assert case.feed(stream + case.chunk(request, ChunkType.NONE)) == [request]
+    assert request.error is None
 
 
 def test_nonsense_in_simple_style() -> None:
