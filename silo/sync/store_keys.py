@@ -33,7 +33,7 @@ KEY_SIZE_MAX = 768
 _ALPHABET = "-.0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz"
 """The characters of a component, in the order in which stores sort them."""
 
-_COMPONENT = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9_.-]{1,255}"
+_COMPONENT = rf"(?!\.{{1,2}}(?:/|\Z))[A-Za-z0-9_.-]{{1,{COMPONENT_SIZE_MAX}}}"
 _KEY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*\Z")
 _HINT = "components of letters, digits and -_. joined by '/', none of them empty, '.' or '..'"
 

@@ -24,7 +24,7 @@ async def test_contract(s3_server: S3Server, bucket: str) -> None:
     async def make() -> AiobotocoreStore:
         return AiobotocoreStore(location, credentials=credentials, session=session)
 
-    await check_store(make, writers=3, rounds=2, big=1 << 20)
+    await check_store(make, writers=2, rounds=3, big=1 << 20)
 
 
 async def test_profiles(
