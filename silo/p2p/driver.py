@@ -53,7 +53,7 @@ class Driver(Generic[State]):
         self._clock = clock
         self._settings = settings
         self._watch = watch
-        self._inbox: deque[Event] = deque()
+        self._inbox: deque[tuple[Event, BaseException | None]] = deque()
         self._failures = 0
 
     def set_effects(self, effects: Mapping[Effect, Perform]) -> None:
@@ -66,9 +66,8 @@ class Driver(Generic[State]):
         Raises nothing: a peer that says what cannot be true now has been caught by its conversation, or has
         repeated itself.
         """
-        self.error = error or self.error
         if self.machine.accepts(event):
-            self._inbox.append(event)
+            self._inbox.append((event, error))
         self.changed.notify()
 
     async def drive(self) -> None:
@@ -98,13 +97,13 @@ class Driver(Generic[State]):
         decisive = self._decisive()
         if decisive is None:
             raise InvariantError(f"the duties of {self.machine.state.name} were cancelled by nobody")
-        self._inbox.popleft()
+        self.error = self._inbox.popleft()[1] or self.error
         return decisive
 
     def _decisive(self) -> Event | None:
         """The first message that leads to another state. Those before it change nothing and are forgotten."""
         while self._inbox:
-            event = self._inbox[0]
+            event = self._inbox[0][0]
             if self.machine.accepts(event) and self.machine.table.steps[self.machine.state, event] is not (
                 self.machine.state
             ):

@@ -181,10 +181,15 @@ class Rounds:
             cost += np.bincount(ranks, minlength=256) * self.volumes[index].geometry.chunk_size
             await asyncio.sleep(0)
         threshold = 256
-        while threshold > RANK_HOT and int(cost[threshold - 1 :].sum()) <= size:
+        while threshold > RANK_HOT and int(cost[threshold - 1]) <= size:
             threshold -= 1
+            size -= int(cost[threshold])
         for index, first, ranks in self._hot_ranks():
+            edge = np.flatnonzero(ranks == max(threshold - 1, RANK_HOT))
+            edge = edge[: size // self.volumes[index].geometry.chunk_size]
+            size -= len(edge) * self.volumes[index].geometry.chunk_size
             self.planner.want(index, np.flatnonzero(ranks >= threshold) + first)
+            self.planner.want(index, edge + first)
             await asyncio.sleep(0)
 
     def _hot_ranks(self) -> Iterator[tuple[int, int, Ranks]]:

@@ -139,6 +139,7 @@ class SourceMigration:
             try:
                 await self._drive()
             finally:
+                self._link.close()
                 for helper in helpers:
                     helper.cancel()
         self._watch.enter(Phase.ENDED, self._driver.reason)

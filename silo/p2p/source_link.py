@@ -63,12 +63,17 @@ class SourceLink:
         self._pusher = pusher
         self._changed = changed
         self._count = 0
+        self._closing = False
 
-    async def run(self) -> Never:
-        """Dial and serve until cancelled. Never raises for what the link or the peer does."""
+    def close(self) -> None:
+        """`run` is about to be cancelled: it must not dial again, even if the link breaks at that very moment."""
+        self._closing = True
+
+    async def run(self) -> None:
+        """Dial and serve until `close` and a cancellation. Never raises for what the link or the peer does."""
         settings = self._site.settings
         delay_s = settings.redial_min_s
-        while True:
+        while not self._closing:
             try:
                 await self._live()
             except LinkRefused as error:

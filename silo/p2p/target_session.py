@@ -167,7 +167,6 @@ class TargetSession:
 
     async def _serve_demand(self, channel: Channel, hello: Hello) -> None:
         self._demand = channel
-        bulk = self.bulk
         try:
             welcome = self._welcome(hello, hello.stage)
             await channel.send(welcome)
@@ -177,9 +176,8 @@ class TargetSession:
                 tasks.create_task(self._peer.demand(channel))
                 await self._read_demanded(channel)
         finally:
+            # The bulk lane may have something left to say; the source ends both, because a link is whole or broken.
             self._demand = None
-            if bulk is not None:
-                await bulk.aclose()  # a link is whole or broken
 
     async def close(self) -> None:
         """End the present link, if there is one."""
@@ -283,8 +281,8 @@ class TargetSession:
         self._installer.check(body)
         self.handover = (body, encoded)
         self._post(Event.HANDOVER, None)
-        # No deadline: what follows is our own work, and ends in one of the two.
-        await self._changed.until(lambda: self._installer.is_final or self._state() in _GONE)
+        # No deadline: what follows is our own work. Given up, the driver says so to the source and ends the link.
+        await self._changed.until(lambda: self._installer.is_final)
 
     async def _read_demanded(self, channel: Channel) -> Never:
         while True:

@@ -4,14 +4,16 @@ Each host gets a transport of its own from the `MemoryNetwork`; addresses are th
 network, and nothing listens beyond it. Bytes keep their order within a connection and take as long as
 ``latency_s`` says; how many are under way is bounded, as by a socket's buffers.
 
-Links fail in two ways. A *cut* breaks every connection at once, as a reset does: both ends get
+Links fail in three ways. A *cut* breaks every connection at once, as a reset does: both ends get
 `UnavailableError`, and what was under way is lost. A *partition* says nothing: bytes and connection attempts
-vanish until it heals, and then the connections of before are cut.
+vanish until it heals, and then the connections of before are cut. And a host *crashes*: it listens no more, and
+its connections end, as the kernel of the machine ends them, after what it had sent or instead of it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -55,6 +57,18 @@ class MemoryNetwork:
         """End a partition. The connections that lived through it are cut."""
         self.silent.discard(frozenset((one, other)))
         self.cut(one, other)
+
+    def crash(self, host: str, *, loses: bool) -> None:
+        """The process of a host has died. What it had sent still arrives, unless the network ``loses`` it."""
+        self.listeners = {url: one for url, one in self.listeners.items() if one.host != host}
+        for pair, *pipes in self._links:
+            if host in pair:
+                for pipe in pipes:
+                    if loses:
+                        pipe.fail(UnavailableError("the peer died"), UnavailableError("the peer died"))
+                    else:
+                        pipe.end(UnavailableError("the peer died"))
+        self._links = [link for link in self._links if host not in link[0]]
 
     def join(self, one: str, other: str) -> tuple[Connection, Connection]:
         """Two ends of a new connection between two hosts."""
@@ -106,7 +120,8 @@ class _Pipe:
         loop = asyncio.get_running_loop()
         self._latest = max(self._latest, loop.time() + self._network.latency_s())
         self._sent.append(part)
-        loop.call_at(self._latest, self._arrive)
+        # In a context of its own: bytes under way arrive even if their sender dies.
+        loop.call_at(self._latest, self._arrive, context=contextvars.Context())
 
     def _arrive(self) -> None:
         part = self._sent.popleft()  # timers of the same instant come in any order, parts in theirs

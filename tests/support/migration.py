@@ -29,6 +29,7 @@ from silo.group import Group
 from silo.p2p.ports import Plugs, Site
 from silo.p2p.reception import IncomingOffer, Reception
 from silo.p2p.settings import MigrationSettings
+from silo.p2p.signal import Signal
 from silo.p2p.source import SourceMigration
 from silo.p2p.target import TargetMigration
 from silo.p2p.terms import Standing, Terms, Verdict
@@ -186,30 +187,36 @@ class Link(ChunkSource):
 
 
 class Guest:
-    """See the module. ``volumes`` is where it runs now, ``None`` while it is suspended."""
+    """See the module. It outlives the host process that serves its disks, as a virtual machine does."""
 
     def __init__(self, sizes: Mapping[str, int], chance: random.Random, *, pause_s: float = 0.001) -> None:
         self.model = {name: bytearray(size) for name, size in sizes.items()}
         self.running: set[str] = set()
         """On which hosts it runs. More than one is the end of the world."""
         self.requests = 0
+        self.pause_s = pause_s
         self._chance = chance
-        self._pause_s = pause_s
         self._group: Group | None = None
         self._stamps = itertools.count(1)
-        self._turn = asyncio.Lock()
-        self._may_run = asyncio.Event()
+        self._changed = Signal()
+        self._working: asyncio.Task[None] | None = None
+        self._unclear: tuple[str, int, bytes] | None = None
+        """A write that nobody has acknowledged: any of its blocks may be there."""
 
     async def run(self) -> None:
         """Work until cancelled."""
         while True:
-            await self._may_run.wait()
-            async with self._turn:
+            await self._changed.until(lambda: self._group is not None)
+            async with asyncio.TaskGroup() as tasks:
                 if self._group is not None:
-                    await self._work(self._group)
-            await asyncio.sleep(self._pause_s)
+                    self._working = tasks.create_task(self._work(self._group))
+            self._working = None
+            self._changed.notify()
+            await asyncio.sleep(self.pause_s)
 
     async def _work(self, group: Group) -> None:
+        if self._unclear is not None:
+            await self._look_again(group)
         name = self._chance.choice(sorted(self.model))
         model, volume = self.model[name], group.volumes[name]
         blocks = len(model) // BLOCK
@@ -221,28 +228,53 @@ class Guest:
         if kind < 0.45:
             found = bytes(await volume.read(start, stop - start))
             assert found == model[start:stop], f"{name}[{start}:{stop}] is not what was written"
-        elif kind < 0.95:
-            content = (next(self._stamps)).to_bytes(8, "little") * ((stop - start) // 8)
+            return
+        content = bytes(stop - start)
+        if kind < 0.95:
+            content = next(self._stamps).to_bytes(8, "little") * ((stop - start) // 8)
+        self._unclear = (name, start, content)
+        if kind < 0.95:
             await volume.write(start, content)
-            model[start:stop] = content
         else:
             await volume.zero(start, stop - start)
-            model[start:stop] = bytes(stop - start)
+        model[start:stop] = content
+        self._unclear = None
+
+    async def _look_again(self, group: Group) -> None:
+        """After a lost request: see what became of it."""
+        assert self._unclear is not None
+        name, start, content = self._unclear
+        found = bytes(await group.volumes[name].read(start, len(content)))
+        model = self.model[name]
+        for offset in range(0, len(content), BLOCK):
+            block = found[offset : offset + BLOCK]
+            old = model[start + offset : start + offset + BLOCK]
+            assert block in (bytes(old), content[offset : offset + BLOCK]), (
+                f"{name} at {start + offset} is neither"
+            )
+            model[start + offset : start + offset + BLOCK] = block
+        self._unclear = None
 
     def start(self, host: str, group: Group) -> None:
-        """Run on a host. Already running there is fine."""
+        """Run on a host, or find its disks again there."""
         self.running.add(host)
         assert self.running == {host}, f"two guests run: {self.running}"
         self._group = group
-        self._may_run.set()
+        self._changed.notify()
 
     async def stop(self, host: str) -> None:
         """No request is in flight and none comes any more."""
-        self._may_run.clear()
-        async with self._turn:
+        if host in self.running:
+            self._group = None
+            await self._changed.until(lambda: self._working is None)
             self.running.discard(host)
-            if not self.running:
-                self._group = None
+
+    def lose_disks(self, group: Group) -> None:
+        """The process that served them has died; the request in flight fails, the next one waits for a new process."""
+        if self._group is group:
+            self._group = None
+            if self._working is not None:
+                self._working.cancel()
 
 
 class Hooks:
