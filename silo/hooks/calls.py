@@ -107,7 +107,8 @@ class HookCalls:
             async with asyncio.timeout_at(deadline):
                 await self._turn.acquire()
         except TimeoutError:
-            raise self._refusal(name, self._running) from None
+            culprit = self._abandoned.name if self._abandoned else self._running
+            raise self._refusal(name, culprit) from None
         try:
             if self._abandoned is not None:
                 await asyncio.wait((self._abandoned.future,), timeout=self._left_s(deadline))

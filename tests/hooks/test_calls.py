@@ -241,6 +241,20 @@ async def test_two_hooks_never_run_at_once(calls, clock, held, expect_log):
     assert called == ["in turn"]
 
 
+async def test_everybody_who_waits_for_an_abandoned_hook_hears_its_name(calls, clock, held, expect_log):
+    """Not only the one whose turn it would be."""
+    expect_log("hook suspend of the workload of vm1 ended long after its deadline")
+    with pytest.raises(UnavailableError, match="not done by its deadline"):
+        await calls.call("hook suspend", clock.monotonic() + SOON_S, held)
+    async with asyncio.TaskGroup() as tasks:
+        first = tasks.create_task(calls.call("hook unsuspend", clock.monotonic() + WAIT_S, str))
+        await turns()
+        with pytest.raises(UnavailableError, match=r"hook probe .* because hook suspend is still running"):
+            await calls.call("hook probe", clock.monotonic() + SOON_S, str)
+        held.released.set()
+    assert first.result() == ""
+
+
 def test_callers_take_turns():
     """Concurrent calls run one after the other, in the order in which they came."""
 
