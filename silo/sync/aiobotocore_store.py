@@ -241,6 +241,10 @@ def _client_arguments(location: S3Location, credentials: S3Credentials | None) -
         arguments["region_name"] = location.region
     if location.ca_file is not None:
         arguments["verify"] = location.ca_file
+    elif location.endpoint is not None and location.endpoint.startswith("http://"):
+        arguments["verify"] = (
+            False  # without TLS, reading the system's authorities is a tenth of a second for nothing
+        )
     if credentials is not None:
         arguments["aws_access_key_id"] = credentials.access_key_id
         arguments["aws_secret_access_key"] = credentials.secret_access_key
