@@ -101,6 +101,11 @@ def join_indices(parts: Iterable[Indices]) -> Indices:
     return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
 
+def _matches(states: npt.NDArray[np.uint8], bits: int, mask: int, value: int) -> npt.NDArray[np.bool_]:
+    matches: npt.NDArray[np.bool_] = (states & bits != 0) & (states & mask == value)
+    return matches
+
+
 def after_restart(states: npt.NDArray[np.uint8]) -> None:
     """Make the bytes that a dead process left meaningful again, in place. The page cache has survived.
 
@@ -215,11 +220,20 @@ class ChunkMap:
                 if found & bits:
                     yield first, states
 
-    def select_dirty(self, bits: int) -> Indices:
-        """Ascending indices of the chunks with any of the dirty ``bits``."""
-        return join_indices(
-            np.flatnonzero(states & bits) + first for first, states in self.dirty_windows(bits)
-        )
+    def select_dirty(self, bits: int, mask: int = 0, value: int = 0) -> Indices:
+        """Ascending indices of the chunks with any of the dirty ``bits`` and whose state, masked, equals ``value``.
+
+        Takes the memory of the result and a window, because that can be every chunk there is.
+        """
+        sizes = (int(np.count_nonzero(_matches(s, bits, mask, value))) for _, s in self.dirty_windows(bits))
+        found = np.empty(sum(sizes), dtype=np.int64)
+        end = 0
+        for first, states in self.dirty_windows(bits):
+            part = np.flatnonzero(_matches(states, bits, mask, value))
+            found[end : end + len(part)] = part
+            found[end : end + len(part)] += first
+            end += len(part)
+        return found
 
     def count_dirty(self, bits: int) -> int:
         """How many chunks have any of the dirty ``bits``."""

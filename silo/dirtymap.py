@@ -18,8 +18,6 @@ must be copied before it is overwritten.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import numpy.typing as npt
 
@@ -33,7 +31,6 @@ from silo.chunkmap import (
     ChunkMap,
     Indices,
     Residency,
-    join_indices,
     runs_of,
 )
 from silo.errors import InvariantError
@@ -49,30 +46,26 @@ def take_sync(chunks: ChunkMap) -> tuple[Indices, list[tuple[int, int]]]:
     """
     if chunks.count_dirty(SYNC_IN_CUT):
         raise InvariantError("a cut was taken while another one is not decided")
-    present: list[Indices] = []
     zero: list[tuple[int, int]] = []
     for first, states in chunks.dirty_windows(SYNC_DIRTY):
-        with_content, zeroed = _take_window(states)
+        _take_window(states)
         chunks.note(first, SYNC_IN_CUT)
-        if len(with_content):
-            present.append(with_content + first)
-        for low, high in runs_of(zeroed + first):
-            if zero and zero[-1][1] == low:
-                low = zero.pop()[0]
-            zero.append((low, high))
-    return join_indices(present), zero
+        for low, high in runs_of(np.flatnonzero(states & (SYNC_IN_CUT | FROZEN) == SYNC_IN_CUT) + first):
+            start = zero.pop()[0] if zero and zero[-1][1] == low else low
+            zero.append((start, high))
+    return chunks.select_dirty(SYNC_IN_CUT, FROZEN, FROZEN), zero
 
 
-def _take_window(states: npt.NDArray[np.uint8]) -> tuple[Indices, Indices]:
-    dirty = np.flatnonzero(states & SYNC_DIRTY)
-    residency = states[dirty] & RESIDENCY_MASK
-    present = dirty[residency == Residency.PRESENT]
-    zero = dirty[(residency == Residency.ZERO) | (residency == Residency.ZERO_UNPUNCHED)]
+def _take_window(states: npt.NDArray[np.uint8]) -> None:
+    dirty = states & SYNC_DIRTY != 0
+    residency = states & RESIDENCY_MASK
+    present = dirty & (residency == Residency.PRESENT)
+    known = dirty & (residency >= Residency.ZERO)
     # A write to a chunk in the store failed, and nothing of it is left: the newest content is still there.
-    failed = dirty[states[dirty] & (RESIDENCY_MASK | LOCKED) == Residency.ABSENT_STORE]
-    for taken, bits in ((present, SYNC_IN_CUT | FROZEN), (zero, SYNC_IN_CUT), (failed, 0)):
-        states[taken] = states[taken] & (0xFF & ~SYNC_DIRTY) | bits
-    return present, zero
+    failed = dirty & (states & (RESIDENCY_MASK | LOCKED) == Residency.ABSENT_STORE)
+    states[known | failed] &= np.uint8(0xFF & ~SYNC_DIRTY)
+    states[known] |= np.uint8(SYNC_IN_CUT)
+    states[present] |= np.uint8(FROZEN)
 
 
 def settle(chunks: ChunkMap) -> None:
@@ -92,10 +85,7 @@ def restore(chunks: ChunkMap) -> None:
 
 def take_migration(chunks: ChunkMap) -> Indices:
     """The chunks written since the last call, which now are clean for the migration recorder."""
-
-    def taken() -> Iterator[Indices]:
-        for first, states in chunks.dirty_windows(MIGRATION_DIRTY):
-            yield np.flatnonzero(states & MIGRATION_DIRTY) + first
-            states &= np.uint8(0xFF & ~MIGRATION_DIRTY)
-
-    return join_indices(taken())
+    taken = chunks.select_dirty(MIGRATION_DIRTY)
+    for _, states in chunks.dirty_windows(MIGRATION_DIRTY):
+        states &= np.uint8(0xFF & ~MIGRATION_DIRTY)
+    return taken

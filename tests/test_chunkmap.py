@@ -179,10 +179,23 @@ def test_runs_and_indices_are_inverse(members):
     assert all(before[1] < after[0] for before, after in pairwise(runs))
 
 
-def test_joining_nothing_is_an_empty_array_of_indices():
-    """Its type is right even then."""
-    assert join_indices([]).dtype == np.int64
-    assert join_indices(iter([np.array([3]), np.array([5, 6])])).tolist() == [3, 5, 6]
+def test_no_indices_are_still_indices():
+    """The type of an empty result is right, too."""
+    assert indices_of([]).dtype == join_indices([]).dtype == np.int64
+    assert ChunkMap.filled(3, Residency.ZERO).select_dirty(SYNC_DIRTY).dtype == np.int64
+
+
+def test_dirty_chunks_of_one_kind():
+    """The summary leads to the windows, the mask chooses in them."""
+    chunks = ChunkMap.filled(SOME, Residency.PRESENT)
+    chunks.mark_many(np.array([1, 2, WINDOW, SOME - 1]), SYNC_DIRTY)
+    chunks.set_residency(2, Residency.ZERO)
+    assert chunks.select_dirty(SYNC_DIRTY, RESIDENCY_MASK, Residency.PRESENT).tolist() == [
+        1,
+        WINDOW,
+        SOME - 1,
+    ]
+    assert chunks.select_dirty(SYNC_DIRTY, RESIDENCY_MASK, Residency.ZERO).tolist() == [2]
 
 
 @pytest.mark.parametrize(
