@@ -50,12 +50,17 @@ RECEIVE_SIZE: Final = (1 << 20) + 4096
 """Takes a 1 MiB write with its header. A larger one gets a buffer of its own. Only what is used becomes resident."""
 REQUEST_COST: Final = 1024
 """What a request counts beside its data: about what it occupies while it waits."""
+RECEIVE_STEP: Final = 256 * 1024
+"""What is received at once: enough for 64 writes of 4 KiB, and small enough to be still in the cache when they
+are carried out."""
 _IN_PLACE_MIN: Final = 192 * 1024
 """From this size on, moving the bytes behind a write costs more than receiving them with another call.
 
 A Unix socket holds about as much; smaller writes come several at a time, which is worth more: with 64 KiB here,
 writes of 64 KiB cost the server 32 µs of CPU each instead of 23.
 """
+_MOVE_MAX: Final = 4096
+"""So few bytes are always moved to the front, where the memory is still in the cache."""
 _SPARE_MAX: Final = 4 << 20
 """A payload buffer up to this size is kept for the next large write; a larger one is given back."""
 
@@ -109,6 +114,16 @@ class RequestParser:
         """Bytes of memory that an incomplete payload occupies outside of the receive buffer."""
         return 0 if self._partial is None or self._partial[5] is None else self._partial[4]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left of what was received."""
+        return self._first == self._limit and self._partial is None
+
+    @property
+    def expects_large(self) -> bool:
+        """Whether the rest of a large payload is on its way."""
+        return self._wanted > _IN_PLACE_MIN or self._partial is not None
+
     def prepend(self, data: bytes) -> None:
         """Bytes of the stream that the handshake received too much; before anything else, and few."""
         self._buffer[: len(data)] = data
@@ -124,15 +139,15 @@ class RequestParser:
         first, limit, size = self._first, self._limit, len(self._buffer)
         if first == limit:
             self._first = self._limit = 0
-            return self._buffer
-        if first and (limit == size or first + self._wanted > size):
+            return self._buffer[:RECEIVE_STEP]
+        if first and (limit - first <= _MOVE_MAX or limit == size or first + self._wanted > size):
             self._buffer[: limit - first] = self._buffer[first:limit]
             first, limit = self._first, self._limit = 0, limit - first
         if limit == size:
             raise LocalProtocolError("the receive buffer is full of requests that nobody has taken")
         if self._wanted > _IN_PLACE_MIN:
             return self._buffer[limit : first + self._wanted + self._header.size]
-        return self._buffer[limit:]
+        return self._buffer[limit : limit + RECEIVE_STEP]
 
     def received(self, count: int) -> None:
         """``count`` bytes were written to the start of what `get_buffer` returned."""

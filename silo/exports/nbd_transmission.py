@@ -36,6 +36,8 @@ __all__ = ["PayloadBudget", "Transmission", "TransmissionLimits"]
 
 _BATCH_MAX: Final = 1 << 20
 """Bytes of replies that are put together before they are sent."""
+_ROUNDS_MAX: Final = 8
+"""How often one connection may receive before others get their turn, when there is always more."""
 _CHANGES: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
 _SHUTTING_DOWN: Final = ClosedError("the server is shutting down")
 
@@ -113,7 +115,7 @@ class Transmission:
 
     async def run(self) -> None:
         """Serve until the connection ends; afterwards nothing of it is left. Cancellation cancels its requests."""
-        self._stream.start(self._on_readable, self._advance)
+        self._stream.start(self._on_readable, self._go_on)
         try:
             async with self._tasks:
                 try:
@@ -126,7 +128,7 @@ class Transmission:
         finally:
             self._progress.set()
             self._stream.close()
-            self._budget.forget(self._advance)
+            self._budget.forget(self._go_on)
             self._budget.charge(-self._charged)
             self._charged = 0
 
@@ -167,8 +169,11 @@ class Transmission:
     # ---- callbacks of the loop --------------------------------------------------------------------------
 
     def _on_readable(self) -> None:
-        self._receive()
-        self._advance()
+        for _ in range(_ROUNDS_MAX):
+            received = self._receive()
+            served = self._advance()
+            if received <= 0 or not (served > 1 or self._parser.expects_large):
+                break
 
     def _receive(self) -> int:
         """Receive once; how many bytes came. Notices when there will be no more."""
@@ -178,7 +183,7 @@ class Transmission:
             count = self._stream.receive_into(self._parser.get_buffer())
         except BlockingIOError:
             return 0
-        except OSError as error:
+        except Exception as error:  # the link's or a bug of ours: this connection ends, and no other
             self.abort(error)
             return 0
         if count:
@@ -187,15 +192,22 @@ class Transmission:
             self._input_ended = True
         return count
 
-    def _advance(self) -> None:
-        """Do whatever can be done now: take requests, want more bytes or not, notice the end."""
+    def _go_on(self) -> None:
+        """Something that had to be waited for is there: room, or the end of a queue."""
+        self._advance()
+
+    def _advance(self) -> int:
+        """Do whatever can be done now: take requests, want more bytes or not, notice the end.
+
+        How many requests were taken.
+        """
         if self._finished.is_set():
-            return
+            return 0
         try:
-            self._take_requests()
-        except (OSError, RemoteProtocolError) as error:
+            served = self._take_requests()
+        except Exception as error:  # as above; a callback that raises would be called again for ever
             self.abort(error)
-            return
+            return 0
         held = self._flight_bytes + self._stream.queued + self._parser.held
         if held != self._charged:
             self._budget.charge(held - self._charged)
@@ -205,24 +217,27 @@ class Transmission:
         idle = not (self._flight or self._stream.queued or self._starved)
         if idle and (self._input_ended or self._draining):
             self.abort()
-            return
+            return served
         if self._input_ended or self._starved:
             self._stream.pause()
         else:
             self._stream.resume()
         if not self._starved:
             self._progress.set()
+        return served
 
-    def _take_requests(self) -> None:
-        """Serve complete requests until there are none, or no room for what they ask."""
+    def _take_requests(self) -> int:
+        """Serve complete requests until there are none, or no room for what they ask. How many there were."""
+        served = 0
         while True:
             room = self._room()
             self._starved = room <= 0
             if self._starved:
-                return
+                return served
             requests = self._parser.next_batch(min(room, _BATCH_MAX))
+            served += len(requests)
             if not requests:
-                return
+                return served
             out: list[Buffer] = []
             if self._draining:
                 out += [self._service.refuse(request, _SHUTTING_DOWN) for request in requests]
@@ -232,6 +247,8 @@ class Transmission:
                     self._start(misses)
             if out:
                 self._stream.post(out)
+            if self._parser.is_empty and not self._stream.queued:
+                return served
 
     def _room(self) -> int:
         """Bytes that the next requests may ask for; 0 or less when they must wait."""
@@ -240,7 +257,7 @@ class Transmission:
         held = self._flight_bytes + self._parser.held
         free = self._budget.free + self._charged - held
         if free <= 0 < self._flight_bytes:
-            self._budget.wait(self._advance)
+            self._budget.wait(self._go_on)
         room = min(free, self._limits.held_bytes - held)
         return room if self._flight_bytes else max(room, 1)
 
