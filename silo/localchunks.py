@@ -184,9 +184,8 @@ class LocalChunks:
 
     def _settle(self, first: int, limit: int) -> None:
         """After a device write: what was touched is on the device, and warmer."""
-        heat = self.heat
+        self.heat.write_view[first:limit] += self.heat.weight
         for chunk in range(first, limit):
-            heat.writes[chunk] += heat.weight
             residency = self._states[chunk] & RESIDENCY_MASK
             if residency != PRESENT:
                 # After power loss a ZERO chunk is taken from the device as it is, so only the others matter.

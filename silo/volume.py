@@ -287,20 +287,27 @@ class Volume(LocalChunks):
         if not self.gate.is_open:
             return self.gate.wait_open
         first, limit = self.geometry.touched(offset, length)
-        whole_first, whole_limit = self.geometry.covered(offset, length)
         for chunk in range(first, limit):
             state = self._states[chunk]
-            if state & BLOCKS_WRITE == PRESENT:
-                continue
-            if state & LOCKED:
-                return partial(self._wait_busy, chunk)
-            if state & FROZEN and not self._copy_aside_nowait(chunk):
-                return partial(self._copy_aside, chunk)
-            covered = whole_first <= chunk < whole_limit
+            if state & BLOCKS_WRITE != PRESENT:
+                obstacle = self._obstacle_in(chunk, state, offset, length)
+                if obstacle is not None:
+                    return obstacle
+        return None
+
+    def _obstacle_in(
+        self, chunk: int, state: int, offset: int, length: int
+    ) -> Callable[[], Awaitable[None]] | None:
+        if state & LOCKED:
+            return partial(self._wait_busy, chunk)
+        if state & FROZEN and not self._copy_aside_nowait(chunk):
+            return partial(self._copy_aside, chunk)
+        first, limit = self.geometry.covered(offset, length)
+        if not first <= chunk < limit:
             residency = state & RESIDENCY_MASK
-            if residency < ZERO and not covered:
+            if residency < ZERO:
                 return partial(self.hydrate, chunk, demand=True)
-            if residency == ZERO_UNPUNCHED and not covered and not self._punch_nowait(chunk):
+            if residency == ZERO_UNPUNCHED and not self._punch_nowait(chunk):
                 return partial(self._punch_run, chunk, chunk + 1)
         return None
 
