@@ -7,6 +7,7 @@ looks at what it left.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import os
 import struct
@@ -14,6 +15,7 @@ import sys
 
 from silo.chunkmap import SYNC_DIRTY, Residency
 from silo.devices.file import FileDevice
+from silo.devices.overlay_open import open_overlay
 from silo.geometry import Geometry
 from silo.statedir import StateDir
 
@@ -94,6 +96,40 @@ async def blocks(path: str) -> None:
         done(step)
 
 
+def image() -> bytes:
+    """What is below the overlay: every block says that no step has touched it."""
+    return b"".join(struct.pack("<QQ", block, 1 << 40) * (BLOCK // 16) for block in range(BLOCKS))
+
+
+def block_of(step: int) -> tuple[int, bytes]:
+    """Which block a step changes, and to what: each third step zeroes one."""
+    block = step * 37 % BLOCKS
+    return block, stamp(block, step) if step % 3 else bytes(BLOCK)
+
+
+async def overlay(path: str, *, flush: bool) -> None:
+    """Step by step: one block of an overlay, written or zeroed, in turn at both speeds."""
+    device = await open_overlay(f"{path}/disk.overlay", f"{path}/golden.img", cell_size=4 * BLOCK)
+    for step in itertools.count(1):
+        block, content = block_of(step)
+        offset, fast = block * BLOCK, step % 2
+        if any(content):
+            if not (fast and device.write_nowait(offset, content)):
+                await device.write(offset, content)
+        elif not (fast and device.zero_nowait(offset, BLOCK)):
+            await device.zero(offset, BLOCK)
+        if flush:
+            await device.flush()
+        done(step)
+
+
 if __name__ == "__main__":
-    what = {"checkpoints": checkpoints, "maps": maps, "records": records, "blocks": blocks}[sys.argv[1]]
+    what = {
+        "checkpoints": checkpoints,
+        "maps": maps,
+        "records": records,
+        "blocks": blocks,
+        "overlay": functools.partial(overlay, flush=False),
+        "flushed-overlay": functools.partial(overlay, flush=True),
+    }[sys.argv[1]]
     asyncio.run(what(sys.argv[2]))
