@@ -50,7 +50,7 @@ class Rounds:
         self.planner = Planner([volume.geometry for volume in self.volumes])
         self.announcements: deque[Message] = deque()
         self.count = 0
-        """Rounds begun."""
+        """Rounds of pre-copy that were announced."""
         self._group = group
         self._has_store = has_store
         self._is_final = False
@@ -60,7 +60,7 @@ class Rounds:
         cut; without one, everything. All zeros too, which the target would have to look up one by one. Nothing is
         announced yet: that is for the next round, once there is somebody to tell."""
         self._group.record_migration(True)
-        self.count = self.planner.begin_round()
+        self.planner.begin_round()
         unsynced = SYNC_DIRTY | SYNC_IN_CUT
         for index, volume in enumerate(self.volumes):
             for first, states in _windows(volume):
@@ -70,30 +70,30 @@ class Rounds:
 
     def begin_next(self) -> None:
         """Plan what was written since the last round, and what is still lacking of earlier ones."""
+        self.count += 1
         self._begin_taken()
         self._announce()
 
-    def end(self) -> None:
-        """The gate is closed and drained: what was written since is missing, and nothing changes any more."""
-        self._begin_taken()
-        if self._has_store:
-            unsynced = self._group.unsynced()
-            for index, volume in enumerate(self.volumes):
-                self.planner.keep_unique(index, unsynced[volume.name])
+    def end(self) -> tuple[VolumeSets, ...]:
+        """The gate is closed and drained: nothing changes any more. Returns what the handover says of each volume.
 
-    def sets(self) -> tuple[VolumeSets, ...]:
-        """What the handover says of each volume, after `end`."""
+        Missing is everything that the target lacks the newest content of, also what a commit has covered since:
+        the target may hold an older version of that. But it need not be pushed.
+        """
+        self._begin_taken()
         unsynced = self._group.unsynced() if self._has_store else None
-        return tuple(
+        sets = tuple(
             VolumeSets(
                 volume=offer,
                 missing=self._pack_missing(index, volume),
-                unsynced=pack_all(volume.chunks.count)
-                if unsynced is None
-                else pack_set(unsynced[volume.name]),
+                unsynced=pack_all(volume.chunks.count) if unsynced is None else pack_set(unsynced[volume.name]),
             )
             for index, (volume, offer) in enumerate(zip(self.volumes, self.offers(), strict=True))
         )
+        if unsynced is not None:
+            for index, volume in enumerate(self.volumes):
+                self.planner.keep_unique(index, unsynced[volume.name])
+        return sets
 
     def _pack_missing(self, index: int, volume: Volume) -> PackedSet:
         packed: PackedSet = ()
@@ -148,7 +148,7 @@ class Rounds:
 
     def _begin_taken(self) -> None:
         taken = self._group.take_migration()
-        self.count = self.planner.begin_round()
+        self.planner.begin_round()
         for index, volume in enumerate(self.volumes):
             self.planner.changed(index, taken[volume.name])
 

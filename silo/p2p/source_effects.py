@@ -136,13 +136,13 @@ class SourceEffects:
         parts = self._p
         await parts.group.flush()
         parts.pusher.stop()
-        parts.rounds.end()
+        volumes = parts.rounds.end()
         body = HandoverBody(
             migration=parts.id,
             group=parts.group.name,
             source_host=parts.site.host,
             terms=self._offer.terms,
-            volumes=parts.rounds.sets(),
+            volumes=volumes,
             state=self._state,
         )
         self._encoded = encode_handover(body)
