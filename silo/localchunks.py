@@ -1,12 +1,10 @@
 """A device and what is known of its chunks, changed together.
 
-The lower half of a `silo.volume.Volume`: everything that touches a chunk on the device and must leave the map
-telling the truth. The upper half (guest requests, hydration) decides *when*; here each verb is either one
-synchronous step or holds the chunk's lock around its await.
+The lower part of a `silo.volume.Volume`: everything that touches a chunk on the device and must leave the map
+telling the truth. The parts above (hydration, guest requests) decide *when*; here each verb is either one
+synchronous step or holds the chunk's lock (`silo.chunklocks`) around its await.
 
-* A **lock** (the ``LOCKED`` bit) belongs to one asynchronous device phase. Whoever needs the chunk waits.
-  Guest writes share a chunk that is PRESENT: they are counted instead, and only who would change its residency
-  waits for them. A chunk with either is *busy*.
+* A **guest write** marks before and after; when it fails, what it touched is not trusted.
 * A **fill** writes a chunk only if it is still absent: the guest always wins.
 * **Punching** makes the device read as zeros where the map already says zero. Never while a cut is after the
   old bytes.
@@ -23,6 +21,7 @@ from typing import Protocol
 import numpy as np
 
 from silo.abc import BlockDevice, Buffer
+from silo.chunklocks import ChunkLocks
 from silo.chunkmap import (
     FROZEN,
     LOCKED,
@@ -101,54 +100,13 @@ class LocalChunks:
         self._summary = self.chunks.summary
         self._shift = geometry.chunk_shift
         self._marks = SYNC_DIRTY
-        self._writers: dict[int, int] = {}
-        self._waiting: dict[int, asyncio.Event] = {}
+        self._locks = ChunkLocks(self.chunks)
         self._checkpoint_due = True  # nobody knows what the process before us still owed
         self._unpunched = set(self.chunks.windows_with(RESIDENCY_MASK, ZERO_UNPUNCHED))
         """Windows of the map that may have chunks to punch."""
         self._flush_started = 0
         self._flush_done = 0
         self._flush_turn = asyncio.Lock()
-
-    # ---- locks ------------------------------------------------------------------------------------------
-
-    def _lock(self, chunk: int) -> None:
-        if self._states[chunk] & LOCKED:
-            raise InvariantError(f"chunk {chunk} of {self.name} was locked twice")
-        self._states[chunk] |= LOCKED
-
-    def _unlock(self, chunk: int) -> None:
-        self._states[chunk] &= ~LOCKED & 0xFF
-        self._wake(chunk)
-
-    def _share(self, chunk: int) -> None:
-        self._writers[chunk] = self._writers.get(chunk, 0) + 1
-
-    def _unshare(self, chunk: int) -> None:
-        left = self._writers.pop(chunk) - 1
-        if left:
-            self._writers[chunk] = left
-        else:
-            self._wake(chunk)
-
-    def _wake(self, chunk: int) -> None:
-        waiting = self._waiting.pop(chunk, None)
-        if waiting is not None:
-            waiting.set()
-
-    def _busy(self, first: int, limit: int) -> int | None:
-        """A chunk of the run that is in an asynchronous device phase, if there is one."""
-        locked = self.chunks.select(LOCKED, LOCKED, first, limit)
-        if len(locked):
-            return int(locked[0])
-        return next((chunk for chunk in self._writers if first <= chunk < limit), None)
-
-    async def _wait_busy(self, chunk: int) -> None:
-        """Return when a device phase on a busy chunk has ended; look again then.
-
-        No deadline: each phase is one device call, which cannot be shortened.
-        """
-        await self._waiting.setdefault(chunk, asyncio.Event()).wait()
 
     # ---- what a write leaves in the map -----------------------------------------------------------------
 
@@ -158,29 +116,17 @@ class LocalChunks:
         No await may stand between the caller's last look for obstacles and the locks.
         """
         first, limit = self.geometry.touched(offset, len(data))
-        shared = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK == PRESENT]
-        locked = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK != PRESENT]
-        for chunk in shared:
-            self._share(chunk)
-        for chunk in locked:
-            self._lock(chunk)
-        self.chunks.mark_run(first, limit, self._marks)
-        try:
-            with self.gate.device_phase():
-                try:
-                    await self.device.write(offset, data)
-                except BaseException:
-                    self._distrust(first, limit)
-                    raise
-                finally:
-                    # A cut may have been taken meanwhile: what it took must be dirty again.
-                    self.chunks.mark_run(first, limit, self._marks)
-                self._settle(first, limit)
-        finally:
-            for chunk in shared:
-                self._unshare(chunk)
-            for chunk in locked:
-                self._unlock(chunk)
+        with self._locks.writing(first, limit), self.gate.device_phase():
+            self.chunks.mark_run(first, limit, self._marks)
+            try:
+                await self.device.write(offset, data)
+            except BaseException:
+                self._distrust(first, limit)
+                raise
+            finally:
+                # A cut may have been taken meanwhile: what it took must be dirty again.
+                self.chunks.mark_run(first, limit, self._marks)
+            self._settle(first, limit)
 
     def _settle(self, first: int, limit: int) -> None:
         """After a device write: what was touched is on the device, and warmer."""
@@ -224,7 +170,7 @@ class LocalChunks:
         """From now on old content is kept for ``cut``, until ``self.cut`` is ``None`` again."""
         self.cut = cut
         # A write under way may land after the cut has read its chunk, and the process may die before it marks again.
-        for chunk in self._writers:
+        for chunk in self._locks.written:
             self.chunks.mark(chunk, self._marks)
 
     # ---- copy-before-write ------------------------------------------------------------------------------
@@ -240,14 +186,11 @@ class LocalChunks:
 
     async def _copy_aside(self, chunk: int) -> None:
         """Read the old content of a frozen chunk; the lock keeps writers away meanwhile."""
-        self._lock(chunk)
-        try:
+        with self._locks.locked(chunk, chunk + 1):
             cut = self.cut
             old = await self.device.read(*self.geometry.extent_of(chunk))
             if cut is not None and cut is self.cut and self._states[chunk] & FROZEN:
                 cut.save(chunk, old)
-        finally:
-            self._unlock(chunk)
 
     # ---- punching ---------------------------------------------------------------------------------------
 
@@ -261,17 +204,10 @@ class LocalChunks:
     async def _punch_run(self, first: int, limit: int) -> None:
         """Make the device read as zeros where the map says so. None of the chunks may be locked or frozen."""
         start = first << self._shift
-        states = self.chunks.view[first:limit]
-        states |= LOCKED
-        try:
-            with self.gate.device_phase():
-                await self.device.zero(start, min(limit << self._shift, self.geometry.size) - start)
+        with self._locks.locked(first, limit), self.gate.device_phase():
+            await self.device.zero(start, min(limit << self._shift, self.geometry.size) - start)
             self.chunks.set_residency_run(first, limit, Residency.ZERO)
             self._checkpoint_due = True
-        finally:
-            states &= ~LOCKED & 0xFF
-            for chunk in [chunk for chunk in self._waiting if first <= chunk < limit]:
-                self._wake(chunk)
 
     async def punch(self, calls_max: int | None = None) -> None:
         """Punch whatever was zeroed and is not needed by a cut or a writer; at most so many device calls of it.
@@ -337,14 +273,10 @@ class LocalChunks:
 
     async def _fill_device(self, chunk: int, content: Buffer) -> bool:
         offset, length = self._check_content(chunk, content)
-        self._lock(chunk)
-        try:
-            with self.gate.device_phase():
-                await self.device.write(offset, content)
+        with self._locks.locked(chunk, chunk + 1), self.gate.device_phase():
+            await self.device.write(offset, content)
             self._fill_done(chunk, length)
-            return True
-        finally:
-            self._unlock(chunk)
+        return True
 
     def _check_content(self, chunk: int, content: Buffer) -> tuple[int, int]:
         offset, length = self.geometry.extent_of(chunk)

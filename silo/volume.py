@@ -17,10 +17,8 @@ marks.
 **Zeroing** changes the map at once, after the device phases on its chunks; the device follows at the next
 flush, or chunk by chunk before a partial write.
 
-**Hydration** is single-flight per chunk and urgency, and ends in a fill. What is being fetched when a chunk is
-invalidated is thrown away.
-
-What is done to a chunk on the device is in `silo.localchunks`, the lower half of the same owner.
+Where absent chunks come from is in `silo.hydration`, what is done to a chunk on the device in `silo.localchunks`:
+the middle and the lower part of the same owner.
 """
 
 from __future__ import annotations
@@ -29,15 +27,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-import attrs
-
-from silo.abc import BlockDevice, Buffer, ChunkSource
-from silo.chunkmap import DIRTY_BITS, FROZEN, LOCKED, RESIDENCY_MASK, WINDOW_SHIFT, ChunkMap, Residency
-from silo.errors import InvalidRequestError, InvariantError, SiloError
+from silo.abc import BlockDevice, Buffer
+from silo.chunkmap import DIRTY_BITS, FROZEN, LOCKED, RESIDENCY_MASK, WINDOW_SHIFT, ChunkMap
+from silo.errors import InvalidRequestError
 from silo.gate import Gate
 from silo.geometry import Geometry
 from silo.heatmap import HeatMap
-from silo.localchunks import PRESENT, ZERO, ZERO_UNPUNCHED, LocalChunks, MapKeeper
+from silo.hydration import Hydration
+from silo.localchunks import PRESENT, ZERO, ZERO_UNPUNCHED, MapKeeper
 from silo.zeros import zeros
 
 __all__ = ["Volume"]
@@ -47,19 +44,8 @@ BLOCKS_WRITE = RESIDENCY_MASK | LOCKED | FROZEN
 ZERO_STEP = 1 << 18
 """Chunks that one synchronous step of zeroing changes: about a millisecond of numpy."""
 
-HYDRATE_WINDOW = 16
-"""Chunks that one guest request hydrates at a time."""
 
-
-@attrs.define(eq=False)
-class _Flight:
-    """A fetch under way, for all who wait for it."""
-
-    landed: asyncio.Event = attrs.field(factory=asyncio.Event)
-    error: SiloError | None = None
-
-
-class Volume(LocalChunks):
+class Volume(Hydration):
     """See the module. Extents must have been checked (`Geometry.check_extent`); lengths are positive."""
 
     def __init__(
@@ -76,8 +62,6 @@ class Volume(LocalChunks):
     ) -> None:
         super().__init__(name, device, geometry, gate, chunks=chunks, heat=heat, keeper=keeper)
         self.read_only = read_only
-        self._sources: dict[int, ChunkSource] = {}
-        self._flights: dict[tuple[int, bool], _Flight] = {}
 
     # ---- the guest's side -------------------------------------------------------------------------------
 
@@ -220,7 +204,7 @@ class Volume(LocalChunks):
             or not self.gate.is_open
             or self.read_only
             or self._edges(offset, length)
-            or self._busy(first, limit) is not None
+            or self._locks.busy(first, limit) is not None
         ):
             return False
         self._zero_run(first, limit)
@@ -239,9 +223,9 @@ class Volume(LocalChunks):
         while first < limit:
             await self.gate.wait_open()
             step = min(limit, first + ZERO_STEP)
-            busy = self._busy(first, step)
+            busy = self._locks.busy(first, step)
             if busy is not None:
-                await self._wait_busy(busy)
+                await self._locks.wait(busy)
                 continue
             self._zero_run(first, step)
             first = step
@@ -299,7 +283,7 @@ class Volume(LocalChunks):
         self, chunk: int, state: int, offset: int, length: int
     ) -> Callable[[], Awaitable[None]] | None:
         if state & LOCKED:
-            return partial(self._wait_busy, chunk)
+            return partial(self._locks.wait, chunk)
         if state & FROZEN and not self._copy_aside_nowait(chunk):
             return partial(self._copy_aside, chunk)
         first, limit = self.geometry.covered(offset, length)
@@ -310,94 +294,3 @@ class Volume(LocalChunks):
             if residency == ZERO_UNPUNCHED and not self._punch_nowait(chunk):
                 return partial(self._punch_run, chunk, chunk + 1)
         return None
-
-    # ---- hydration --------------------------------------------------------------------------------------
-
-    def set_source(self, residency: Residency, source: ChunkSource | None) -> None:
-        """Where absent chunks of this residency come from."""
-        if source is None:
-            self._sources.pop(residency, None)
-        else:
-            self._sources[residency] = source
-
-    async def hydrate(self, chunk: int, *, demand: bool = False) -> None:
-        """Make a chunk known locally, through the source for its residency. Harmless when it is.
-
-        Concurrent calls share one fetch and its error; only a demand does not wait behind a background fetch
-        but does its own. Raises what the source raises. Cancellation leaves the chunk as it was and lets
-        another waiter fetch.
-        """
-        while (state := self._states[chunk]) & RESIDENCY_MASK < ZERO:
-            flight = self._flights.get((chunk, True)) or self._flights.get((chunk, demand))
-            if state & LOCKED:
-                await self._wait_busy(chunk)
-            elif flight is None:
-                await self._fetch(chunk, demand)
-            else:
-                await flight.landed.wait()  # it ends when its caller does
-                if flight.error is not None:
-                    raise flight.error
-
-    async def _fetch(self, chunk: int, demand: bool) -> None:
-        source = self._sources.get(self._states[chunk] & RESIDENCY_MASK)
-        if source is None:
-            raise InvariantError(f"chunk {chunk} of {self.name} is absent, and nothing can provide it")
-        key = (chunk, demand)
-        flight = self._flights[key] = _Flight()
-        try:
-            content = await source.fetch(self.name, chunk, demand=demand)
-            if self._flights.get(key) is flight:
-                await self.fill(chunk, content)
-        except SiloError as error:
-            flight.error = error
-            raise
-        finally:
-            if self._flights.get(key) is flight:
-                del self._flights[key]
-            flight.landed.set()
-
-    async def _hydrate_all(self, first: int, limit: int, *, demand: bool) -> None:
-        absent = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK < ZERO]
-        if len(absent) == 1:
-            return await self.hydrate(absent[0], demand=demand)
-        window = asyncio.Semaphore(HYDRATE_WINDOW)
-
-        async def one(chunk: int) -> None:
-            async with window:
-                await self.hydrate(chunk, demand=demand)
-
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for chunk in absent:
-                    tasks.create_task(one(chunk))
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
-
-    async def invalidate(self, first: int, limit: int, residency: Residency) -> None:
-        """Target of a migration, before the claim: the source has newer content of these chunks.
-
-        Waits for the device phases on them. From its return on, no fetch or fill that began before has an
-        effect. Cancelled, it has done nothing.
-        """
-        if residency not in (Residency.ABSENT_PEER, Residency.ABSENT_STORE):
-            raise InvariantError(f"a chunk cannot be invalidated to {residency.name}")
-        while (busy := self._busy(first, limit)) is not None:
-            await self._wait_busy(busy)
-        if self.cut is not None:
-            raise InvariantError(f"chunks of {self.name} were invalidated during a cut")
-        self.chunks.set_residency_run(first, limit, residency)
-        self._checkpoint_due = True
-        for key in [key for key in self._flights if first <= key[0] < limit]:
-            del self._flights[key]
-
-    async def read_chunk(self, chunk: int) -> Buffer | None:
-        """The current content, as bytes that nobody will change; ``None`` when it is all zeros.
-
-        Not held back by the gate: after the switchover the source still serves. Hydrates an absent chunk.
-        """
-        await self.hydrate(chunk)
-        offset, length = self.geometry.extent_of(chunk)
-        if self._states[chunk] & RESIDENCY_MASK != PRESENT:
-            return None
-        live = self.device.read_nowait(offset, length)
-        return bytes(live) if live is not None else await self.device.read(offset, length)

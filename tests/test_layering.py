@@ -20,7 +20,7 @@ RINGS: dict[int, str] = {
     VALUES: "addresses errors events geometry names settings",
     MACHINES: "checkpoint chunkmap dirtymap heatmap records zeros",
     PORTS: "abc",
-    DRIVERS: """clock files frozen gate group linux localchunks mapfile sockets statedir tasks threads volume
+    DRIVERS: """chunklocks clock files frozen gate group hydration linux localchunks mapfile sockets statedir tasks threads volume
         volumestate""",
     FACES: "__main__ agent cli config control daemon demo host hosted metrics testing trio",
 }

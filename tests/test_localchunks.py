@@ -462,18 +462,6 @@ async def test_a_copy_for_a_cut_that_has_ended_is_dropped():
     second.commit()
 
 
-async def test_two_locks_on_one_chunk_are_a_bug():
-    """Two device phases would each believe that the chunk is theirs."""
-    device = HeldDevice(CHUNK, slow="write", hold="write")
-    _, volume = make_volume(device, ABSENT)
-    async with asyncio.TaskGroup() as tasks:
-        fill = tasks.create_task(volume.fill(0, OLD))
-        await device.next("write")
-        with pytest.raises(InvariantError, match="locked twice"):
-            await volume._write_device(0, NEW)
-        fill.cancel()
-
-
 async def test_a_frozen_chunk_without_a_cut_is_a_bug():
     """Nobody could keep its old content."""
     _, volume = make_volume(MemoryDevice(CHUNK))
