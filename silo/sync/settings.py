@@ -32,7 +32,7 @@ class SyncSettings:
     rpo_s: float = 10.0
     """How old the newest generation may become: cuts are started so that commits keep to it."""
     segment_size: int = 32 * MIB
-    """Largest segment. One PUT of this size costs what a PUT of one chunk costs."""
+    """Largest segment, but one chunk always fits. One PUT of this size costs what a PUT of one chunk costs."""
     window: int = 96 * MIB
     """Most bytes that are being uploaded at once. Memory is this, plus one segment being packed."""
     batch_size: int = MIB
@@ -52,9 +52,9 @@ class SyncSettings:
         if self.rpo_s <= 0 or self.drain_timeout_s <= 0 or not 1 <= self.threads <= 64:
             raise InvalidRequestError("rpo_s and drain_timeout_s must be positive, threads from 1 to 64")
         if not (
-            4096 <= self.segment_size <= 1024 * MIB and self.batch_size > 0 and self.checkpoint_segments > 0
+            0 < self.segment_size <= 1024 * MIB and self.batch_size > 0 and self.checkpoint_segments > 0
         ):
-            raise InvalidRequestError("segments have 4 KiB to 1 GiB; batches and checkpoints cannot be empty")
+            raise InvalidRequestError("segments have at most 1 GiB; segments, batches and checkpoints cannot be empty")
         if self.window < self.segment_size:
             raise InvalidRequestError("the window must hold at least one segment")
         if self.rate_bps is not None and self.rate_bps <= 0:

@@ -21,7 +21,7 @@ def test_defaults_are_sound() -> None:
         {"rpo_s": 0},
         {"drain_timeout_s": -1},
         {"threads": 0},
-        {"segment_size": 1000},
+        {"segment_size": 0},
         {"segment_size": 2 << 30},
         {"batch_size": 0},
         {"checkpoint_segments": 0},
