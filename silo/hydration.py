@@ -83,14 +83,15 @@ class Hydration(LocalChunks):
                     raise flight.error
 
     async def _fetch(self, chunk: int, demand: bool) -> None:
-        source = self._sources.get(self._states[chunk] & RESIDENCY_MASK)
+        residency = self._states[chunk] & RESIDENCY_MASK
+        source = self._sources.get(residency)
         if source is None:
             raise InvariantError(f"chunk {chunk} of {self.name} is absent, and nothing can provide it")
         key = (chunk, demand)
         flight = self._flights[key] = _Flight()
         try:
             content = await source.fetch(self.name, chunk, demand=demand)
-            if self._flights.get(key) is flight:
+            if self._flights.get(key) is flight and self._states[chunk] & RESIDENCY_MASK == residency:
                 await self.fill(chunk, content)
         except SiloError as error:
             flight.error = error

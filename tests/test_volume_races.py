@@ -184,6 +184,28 @@ async def test_a_fetch_that_began_before_an_invalidation_is_not_used():
 
 
 @interleaved
+async def test_a_fetch_from_the_wrong_place_is_not_used():
+    """While the store answers, the handover says that only the peer has the newest content."""
+    store, peer = DictSource({0: OLD}), DictSource({0: NEW})
+    fetching, answered = asyncio.Event(), asyncio.Event()
+
+    async def wait(chunk, demand):
+        fetching.set()
+        await answered.wait()
+
+    store.before_answer = wait
+    _, volume = make_volume(HeldDevice(CHUNK), Residency.ABSENT_STORE)
+    volume.set_source(Residency.ABSENT_STORE, store)
+    volume.set_source(Residency.ABSENT_PEER, peer)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(volume.hydrate(0))
+        await fetching.wait()
+        volume.chunks.set_residency(0, Residency.ABSENT_PEER)
+        answered.set()
+    assert bytes(await volume.read(0, CHUNK)) == NEW
+
+
+@interleaved
 async def test_a_fill_that_met_another_writer_is_not_used_later():
     """A fill that waited for another one, and then for an invalidation, would be older than both."""
     device = HeldDevice(CHUNK, slow="write", hold="write")
