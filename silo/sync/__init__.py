@@ -11,8 +11,8 @@
 which has it uploaded (``uploader``, ``sender``, listed in ``pending``) and now and then writes a checkpoint of the map
 (``checkpointer``).
 
-*Reading*: ``manifest`` is a generation with its map, which ``committed`` and ``slots`` hold in memory; ``reader`` fetches;
-``store_source`` gives single chunks to a volume, ``restore`` whole volumes to devices.
+*Reading*: ``manifest`` is a generation with its map, which ``committed`` and ``slots`` hold in memory;
+``reader`` fetches; ``store_source`` gives single chunks to a volume, ``restore`` whole volumes to devices.
 
 Nothing here imports exports, devices, p2p or hooks.
 """
