@@ -31,6 +31,7 @@ from silo.hooks.runner import WorkloadRunner
 from silo.hydrator import Hydrator
 from silo.moving import EventLog, Move
 from silo.opening import remember_taken
+from silo.p2p.handover import SourceState
 from silo.p2p.ports import Plugs, Site
 from silo.p2p.records import OFFER_RECORD
 from silo.p2p.source import SourceMigration
@@ -77,6 +78,7 @@ class HostedGroup:
         self._tasks = tasks
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._hydrates = False
         self._settled = asyncio.Event()
         self._trouble: SiloError | None = None
 
@@ -103,6 +105,10 @@ class HostedGroup:
         self._settle("running")
 
     def _hydrate(self) -> None:
+        """Once, however often the group is started."""
+        if self._hydrates:
+            return
+        self._hydrates = True
         if self.link is not None:
             self.link.fill_known_zeros(self.group)
         self._spawn(self.hydrator.run())
@@ -193,6 +199,11 @@ class HostedGroup:
             report = await migration.run()
         except MigrationAborted:
             await self._start_patiently()
+            raise
+        except asyncio.CancelledError:
+            # Undone when that was possible; else it goes on after the next start of the host.
+            if migration.state is SourceState.ABORTED:
+                self.phase = "running"
             raise
         except FencedError as error:
             self._settle("fenced", error)
