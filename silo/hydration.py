@@ -105,16 +105,16 @@ class Hydration(LocalChunks):
         absent = [c for c in range(first, limit) if self._states[c] & RESIDENCY_MASK < ZERO]
         if len(absent) == 1:
             return await self.hydrate(absent[0], demand=demand)
-        window = asyncio.Semaphore(HYDRATE_WINDOW)
+        todo = iter(absent)
 
-        async def one(chunk: int) -> None:
-            async with window:
+        async def work() -> None:
+            for chunk in todo:
                 await self.hydrate(chunk, demand=demand)
 
         try:
             async with asyncio.TaskGroup() as tasks:
-                for chunk in absent:
-                    tasks.create_task(one(chunk))
+                for _ in absent[:HYDRATE_WINDOW]:
+                    tasks.create_task(work())
         except BaseExceptionGroup as group:
             raise group.exceptions[0] from None
 

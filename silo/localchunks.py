@@ -50,6 +50,9 @@ ZERO_UNPUNCHED = int(Residency.ZERO_UNPUNCHED)
 
 PUNCHABLE_MASK = RESIDENCY_MASK | FROZEN | LOCKED
 
+PUNCH_BYTES = 256 << 20
+"""What one device call zeroes at most, so that a guest write never waits for a whole disk."""
+
 PUNCHES_PER_FLUSH = 64
 """Device calls of a flush that leave the rest of a large TRIM to later ones; a device that cannot punch writes."""
 
@@ -217,7 +220,7 @@ class LocalChunks:
         for window in sorted(self._unpunched):
             low = window << WINDOW_SHIFT
             high = min(low + WINDOW, self.chunks.count)
-            for first, limit in runs_of(self.chunks.select(PUNCHABLE_MASK, ZERO_UNPUNCHED, low, high)):
+            for first, limit in self._punchable_runs(low, high):
                 if calls_max == 0:
                     return
                 # Earlier runs have awaited: is all of this one still to be punched?
@@ -226,6 +229,14 @@ class LocalChunks:
                     calls_max = calls_max and calls_max - 1
             if len(self.chunks.select(RESIDENCY_MASK, ZERO_UNPUNCHED, low, high)) == 0:
                 self._unpunched.discard(window)
+
+    def _punchable_runs(self, low: int, high: int) -> list[tuple[int, int]]:
+        step = PUNCH_BYTES >> self._shift
+        return [
+            (start, min(start + step, limit))
+            for first, limit in runs_of(self.chunks.select(PUNCHABLE_MASK, ZERO_UNPUNCHED, low, high))
+            for start in range(first, limit, step)
+        ]
 
     # ---- filling ----------------------------------------------------------------------------------------
 

@@ -73,6 +73,6 @@ def test_what_comes_back(power):
     async def scenario(clock: SimulatedClock) -> World:
         return await crash(clock, power=power)
 
-    worlds = explore(scenario, seeds=seeds(120))
+    worlds = explore(scenario, seeds=seeds(60))
     assert sum(world.flushed for world in worlds) > len(worlds)
     assert sum(world.commits for world in worlds) > len(worlds)

@@ -85,6 +85,6 @@ async def everything_at_once(clock: SimulatedClock) -> World:
 @pytest.mark.sim
 def test_everything_at_once():
     """No read is stale, every commit is one instant of both volumes, and a migration misses nothing."""
-    worlds = explore(everything_at_once, seeds=seeds(150))
+    worlds = explore(everything_at_once, seeds=seeds(120))
     assert all(world.acknowledged for world in worlds)
     assert sum(world.commits for world in worlds) > len(worlds)
