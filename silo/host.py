@@ -268,7 +268,13 @@ class Host:
         runner = WorkloadRunner(
             workload, self.clock, group=group.name, devices=lambda: exporter.first_uris(group.name)
         )
-        return HostedGroup(group, state, link, runner, exporter, self._running_site(), self._tasks)
+        return HostedGroup(
+            group, state, link, runner, exporter, self._running_site(), self._tasks, self._gone
+        )
+
+    def _gone(self, name: str) -> None:
+        """A group was closed: by us, or because it has moved away or did not arrive."""
+        self.groups.pop(name, None)
 
     async def _open_state(self, name: str) -> GroupState:
         if name in self.groups:
@@ -324,12 +330,9 @@ class Host:
     async def close_group(self, group: HostedGroup, *, drain: bool = True) -> None:
         """Stop serving a group, as `HostedGroup.close`. A migration away is aborted, or waited for when it is too late
         for that; without ``drain`` it is left as it is, to be continued after a restart."""
-        try:
-            if group.move is not None:
-                await group.move.leave(wait=drain)
-            await group.close(drain=drain)
-        finally:
-            self.groups.pop(group.name, None)
+        if group.move is not None:
+            await group.move.leave(wait=drain)
+        await group.close(drain=drain)
 
 
 def _specs(devices: Mapping[str, BlockDevice | VolumeSpec]) -> dict[str, VolumeSpec]:

@@ -60,6 +60,7 @@ class HostedGroup:
         exporter: Exporter,
         site: Site,
         tasks: asyncio.TaskGroup,
+        on_closed: Callable[[str], object],
     ) -> None:
         self.group = group
         self.state = state
@@ -76,6 +77,7 @@ class HostedGroup:
         self._site = site
         self._clock = site.clock
         self._tasks = tasks
+        self._on_closed = on_closed
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
         self._hydrates = False
@@ -343,6 +345,7 @@ class HostedGroup:
         await _collect(errors, self.group.aclose())
         await _collect(errors, self.state.aclose())
         self.phase = "closed"
+        self._on_closed(self.name)
         if errors:
             raise errors[0]
 
