@@ -13,7 +13,8 @@ bits      name                  meaning
 
 One byte, because the guest's path must decide with one load and mark with one store. The bytes may live in
 a shared mapping, so that they survive the death of the process; ``LOCKED`` and ``FROZEN`` speak of the
-process itself and mean nothing to the next one (see `after_restart`).
+process itself and mean nothing to the next one (see `after_restart`). Therefore a state changes in one store from
+one truth to the next, or in several of which each leaves one: a process can be killed between any two.
 
 Beside the states there is a summary: for every window of 4096 chunks, which dirty bits occur in it, so that
 taking the dirty chunks of a large volume costs what was written, not what exists. A summary bit may be set
@@ -116,8 +117,8 @@ def after_restart(states: npt.NDArray[np.uint8]) -> None:
     zero = states & RESIDENCY_MASK == Residency.ZERO
     states[zero & (states & (LOCKED | DIRTY_BITS) != 0)] += Residency.ZERO_UNPUNCHED - Residency.ZERO
     taken = (states & SYNC_IN_CUT) >> 1
-    states &= np.uint8(0xFF & ~(LOCKED | FROZEN | SYNC_IN_CUT))
     states |= taken
+    states &= np.uint8(0xFF & ~(LOCKED | FROZEN | SYNC_IN_CUT))
 
 
 class ChunkMap:
@@ -164,8 +165,7 @@ class ChunkMap:
     def set_residency_run(self, first: int, limit: int, residency: Residency) -> None:
         """Change the residency of a run of chunks and leave their other bits alone."""
         states = self.view[first:limit]
-        states &= 0xFF & ~RESIDENCY_MASK
-        states |= np.uint8(residency)
+        states[:] = states & np.uint8(0xFF & ~RESIDENCY_MASK) | np.uint8(residency)
 
     def mark(self, chunk: int, bits: int) -> None:
         """Set dirty bits of one chunk."""

@@ -63,8 +63,9 @@ def _take_window(states: npt.NDArray[np.uint8]) -> None:
     known = dirty & (residency >= Residency.ZERO)
     # A write to a chunk in the store failed, and nothing of it is left: the newest content is still there.
     failed = dirty & (states & (RESIDENCY_MASK | LOCKED) == Residency.ABSENT_STORE)
-    states[known | failed] &= np.uint8(0xFF & ~SYNC_DIRTY)
+    # In this order, because a process that is killed in between must leave one of the two bits.
     states[known] |= np.uint8(SYNC_IN_CUT)
+    states[known | failed] &= np.uint8(0xFF & ~SYNC_DIRTY)
     states[present] |= np.uint8(FROZEN)
 
 
@@ -78,8 +79,8 @@ def restore(chunks: ChunkMap) -> None:
     """The cut is abandoned: what was in it is dirty."""
     for first, states in chunks.dirty_windows(SYNC_IN_CUT):
         taken = (states & SYNC_IN_CUT) >> 1
-        states &= np.uint8(0xFF & ~(SYNC_IN_CUT | FROZEN))
         states |= taken
+        states &= np.uint8(0xFF & ~(SYNC_IN_CUT | FROZEN))
         chunks.note(first, SYNC_DIRTY)
 
 

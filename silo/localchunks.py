@@ -159,9 +159,9 @@ class LocalChunks:
         if bool(changed.any()):
             self._checkpoint_due = True
             self._unpunched.update(range(first >> WINDOW_SHIFT, (limit - 1 >> WINDOW_SHIFT) + 1))
-            states &= 0xFF & ~RESIDENCY_MASK
-            states |= np.where(changed, np.uint8(ZERO_UNPUNCHED), np.uint8(ZERO))
             self.chunks.mark_run(first, limit, self._marks)
+            zero = np.where(changed, np.uint8(ZERO_UNPUNCHED), np.uint8(ZERO))
+            states[:] = states & np.uint8(0xFF & ~RESIDENCY_MASK) | zero
 
     def record_migration(self, on: bool) -> None:
         """Start or stop marking writes for the migration recorder. Starting begins with every chunk clean."""

@@ -26,6 +26,7 @@ from silo.chunkmap import (
     runs_of,
 )
 from silo.errors import InvalidRequestError
+from tests.support.moments import moments
 
 RESIDENCIES = list(Residency)
 SOME = 3 * WINDOW + 5
@@ -228,3 +229,26 @@ def test_restarting_twice_is_restarting_once(raw):
     once = states.copy()
     after_restart(states)
     assert np.array_equal(states, once)
+
+
+def test_a_residency_changes_in_one_store():
+    """Killed at any moment, each chunk of a run is what it was or what it shall be."""
+    old = bytes([Residency.PRESENT | SYNC_DIRTY, Residency.ZERO_UNPUNCHED, Residency.PRESENT])
+    new = bytes([Residency.PRESENT | SYNC_DIRTY, Residency.PRESENT, Residency.PRESENT])
+    buffer = bytearray(old)
+    chunks = ChunkMap(buffer, 3)
+    seen = moments(buffer, lambda: chunks.set_residency_run(0, 3, Residency.PRESENT))
+    assert (seen[0], seen[-1]) == (old, new)
+    assert set(seen) == {old, new}
+
+
+def test_dying_again_while_the_map_is_made_meaningful_loses_nothing():
+    """Wherever the second process is killed, the third one finds what the second would have found."""
+    left = bytes(residency | bits for residency in Residency for bits in range(0, 256, 8))
+    whole = bytearray(left)
+    seen = moments(whole, lambda: after_restart(np.frombuffer(whole, dtype=np.uint8)))
+    assert len(set(seen)) > 3
+    for moment in set(seen):
+        states = np.frombuffer(bytearray(moment), dtype=np.uint8)
+        after_restart(states)
+        assert bytes(states) == bytes(whole)

@@ -17,9 +17,11 @@ from silo.chunkmap import (
     WINDOW,
     ChunkMap,
     Residency,
+    after_restart,
 )
 from silo.dirtymap import restore, settle, take_migration, take_sync
 from silo.errors import InvariantError
+from tests.support.moments import moments
 
 
 def map_of(*states: int) -> ChunkMap:
@@ -145,3 +147,15 @@ def test_no_write_is_ever_clean_before_its_commit(steps):
         assert set(chunks.select_dirty(SYNC_DIRTY).tolist()) == dirty
         assert set(chunks.select_dirty(SYNC_IN_CUT).tolist()) == (taken or set())
     assert not np.any(chunks.view & RESIDENCY_MASK < Residency.ZERO)
+
+
+def test_killed_at_any_moment_no_dirty_chunk_is_clean():
+    """Taking a cut and giving it up: whatever is in the map in between, the next process finds the same dirty ones."""
+    buffer = bytearray([Residency.PRESENT, DIRTY_PRESENT, DIRTY_ZERO, DIRTY_PRESENT | MIGRATION_DIRTY])
+    chunks = ChunkMap(buffer, 4)
+    seen = moments(buffer, lambda: take_sync(chunks)) + moments(buffer, lambda: restore(chunks))
+    assert len(set(seen)) > 3
+    for moment in seen:
+        states = np.frombuffer(bytearray(moment), dtype=np.uint8)
+        after_restart(states)
+        assert np.flatnonzero(states & SYNC_DIRTY).tolist() == [1, 2, 3]

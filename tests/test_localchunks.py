@@ -6,13 +6,16 @@ import asyncio
 
 import pytest
 
-from silo.chunkmap import FROZEN, LOCKED, SYNC_DIRTY, WINDOW, ChunkMap, Residency
+from silo.chunkmap import FROZEN, LOCKED, RESIDENCY_MASK, SYNC_DIRTY, WINDOW, ChunkMap, Residency
 from silo.devices.faulty import FaultyDevice, Verb
 from silo.devices.memory import MemoryDevice
 from silo.errors import InvariantError, UnavailableError
+from silo.gate import Gate
 from silo.geometry import CHUNK_SIZE_MAX, Geometry
 from silo.localchunks import INLINE_WRITE, PUNCH_BYTES, PUNCHES_PER_FLUSH
+from silo.volume import Volume
 from tests.support.held import HeldDevice, everything_else, interleaved
+from tests.support.moments import moments
 from tests.support.volumes import CHUNK, KeptMaps, chunks_with, make_volume, states
 
 BLOCK = 512
@@ -406,3 +409,17 @@ async def test_a_first_write_to_a_zero_chunk_needs_no_checkpoint():
     volume.zero_nowait(0, CHUNK)
     await volume.flush()
     assert keeper.states == bytes([ZERO | SYNC_DIRTY, ZERO])
+
+
+def test_killed_at_any_moment_of_zeroing_a_chunk_is_as_before_or_zero_and_dirty():
+    """The guest may have read the zeros, so the store must get them; and nothing older may be fetched in between."""
+    buffer = bytearray([Residency.PRESENT, Residency.ABSENT_STORE, Residency.ZERO, Residency.ZERO_UNPUNCHED])
+    device, chunks = MemoryDevice(4 * CHUNK), ChunkMap(buffer, 4)
+    volume = Volume("disk", device, Geometry(device.size, CHUNK), Gate(), chunks=chunks)
+    before = bytes(buffer)
+    seen = moments(buffer, lambda: volume.zero_nowait(0, 4 * CHUNK))
+    assert seen[-1] != before
+    for moment in seen:
+        for old, state in zip(before, moment, strict=True):
+            assert state & RESIDENCY_MASK in {old, ZERO, UNPUNCHED}
+            assert state & RESIDENCY_MASK == old or state & SYNC_DIRTY
