@@ -162,8 +162,10 @@ class Group:
             await volume.flush()
 
     async def checkpoint(self) -> None:
-        """Make all maps durable, as `Volume.checkpoint`."""
+        """Before the volumes are given up: punch what was zeroed, so that the bare devices read as the volumes do,
+        and make all maps durable."""
         for volume in self.volumes.values():
+            await volume.punch()
             await volume.checkpoint()
 
     async def aclose(self) -> None:

@@ -99,6 +99,17 @@ async def test_flush_and_checkpoint_reach_every_volume():
     assert [keeper.states for keeper in keepers] == [bytes([Residency.PRESENT])] * 2
 
 
+async def test_after_a_checkpoint_the_devices_read_as_the_volumes_do():
+    """However many runs were zeroed: somebody may use the file without Silo next."""
+    device = MemoryDevice(200 * CHUNK)
+    group, volume = make_volume(device, keeper=KeptMaps())
+    assert volume.write_nowait(0, DATA * 200)
+    for chunk in range(0, 200, 2):
+        assert volume.zero_nowait(chunk * CHUNK, CHUNK)
+    await group.checkpoint()
+    assert bytes(device.read_nowait(0, 200 * CHUNK)) == (bytes(CHUNK) + DATA) * 100
+
+
 def test_heat_moves_with_the_groups_clock():
     """A cut advances it; so does the owner, once a second."""
 
