@@ -6,10 +6,10 @@
       └───────────fail(error)──────┴──► FAILED          for ever: every request ends with the error
 
 One gate serves all volumes of a group, so that they stop at one instant. ``is_open`` is a plain attribute for the
-synchronous path. An asynchronous mutation holds a *device phase* around the device call and nothing else: it
-checks the gate again, with no await between, before it enters the phase. So closing the gate needs to wait
+synchronous path. An asynchronous write of the guest holds a *device phase* around the device call and nothing else:
+it checks the gate again, with no await between, before it enters the phase. So closing the gate needs to wait
 only for device phases, and a request that waits for hydration when the gate closes will wait at the gate
-afterwards.
+afterwards. Fills and punches go on behind a closed gate: they do not change what a volume reads as.
 
 A closed gate stops reads too: after a handover another host may have newer content.
 """
@@ -50,7 +50,7 @@ class Gate:
 
     @contextmanager
     def device_phase(self) -> Iterator[None]:
-        """Around one asynchronous device mutation. Enter without an await after seeing the gate open."""
+        """Around one asynchronous write of the guest to a device. Enter without an await after seeing the gate open."""
         self._phases += 1
         self._drained.clear()
         try:

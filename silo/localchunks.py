@@ -207,7 +207,7 @@ class LocalChunks:
     async def _punch_run(self, first: int, limit: int) -> None:
         """Make the device read as zeros where the map says so. None of the chunks may be locked or frozen."""
         start = first << self._shift
-        with self._locks.locked(first, limit), self.gate.device_phase():
+        with self._locks.locked(first, limit):
             await self.device.zero(start, min(limit << self._shift, self.geometry.size) - start)
             self.chunks.set_residency_run(first, limit, Residency.ZERO)
             self._checkpoint_due = True
@@ -284,7 +284,7 @@ class LocalChunks:
 
     async def _fill_device(self, chunk: int, content: Buffer) -> bool:
         offset, length = self._check_content(chunk, content)
-        with self._locks.locked(chunk, chunk + 1), self.gate.device_phase():
+        with self._locks.locked(chunk, chunk + 1):
             await self.device.write(offset, content)
             self._fill_done(chunk, length)
         return True

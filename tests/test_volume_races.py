@@ -349,6 +349,28 @@ async def test_closing_the_gate_waits_for_the_device_phase_only():
 
 
 @interleaved
+async def test_closing_the_gate_does_not_wait_for_fills_and_punches():
+    """They do not change what the volume reads as, and zeroing a large extent may take long."""
+    device = HeldDevice(2 * CHUNK, slow="write zero", hold="write zero")
+    group, volume = make_volume(device, Residency.ABSENT_STORE)
+    volume.fill_zeros_nowait(1, 2)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(volume.fill(0, OLD))
+        fill = await device.next("write")
+        tasks.create_task(volume.write(CHUNK, NEW[:BLOCK]))
+        await everything_else()
+        punch = await device.next("zero")
+        async with asyncio.timeout(1):
+            await group.gate.close_and_drain()
+        fill.release()
+        punch.release()
+        await everything_else()
+        device.hold.clear()
+        group.gate.reopen()
+    assert bytes(await volume.read(0, 2 * CHUNK)) == OLD + NEW[:BLOCK] + bytes(CHUNK - BLOCK)
+
+
+@interleaved
 async def test_fencing_ends_whatever_waits():
     """A request that waits at the gate and one that waits for a lock end with the gate's error."""
     device = HeldDevice(CHUNK, slow="write", hold="write")
