@@ -43,6 +43,23 @@ def test_a_lock_excludes_and_names_its_holder(tmp_path: Path) -> None:
     assert f"the thing is in use by process {os.getpid()} (" in child.stderr
 
 
+def test_a_shared_lock_excludes_only_those_who_lock_exclusively(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    fds = [os.open(path, os.O_RDWR | os.O_CREAT), os.open(path, os.O_RDONLY), os.open(path, os.O_RDWR)]
+    files.lock_shared(fds[0], "the thing")
+    files.lock_shared(fds[1], "the thing")
+    with pytest.raises(UnavailableError, match="the thing is in use"):
+        files.lock_exclusive(fds[2], "the thing")
+    os.close(fds[0])
+    os.close(fds[1])
+    files.lock_exclusive(fds[2], "the thing")
+    late = os.open(path, os.O_RDONLY)
+    with pytest.raises(UnavailableError, match="the thing is in use by this very process"):
+        files.lock_shared(late, "the thing")
+    os.close(late)
+    os.close(fds[2])
+
+
 def test_replacing_syncs_the_content_before_the_name_and_then_the_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

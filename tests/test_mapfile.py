@@ -110,3 +110,21 @@ def test_closing_leaves_a_view_alone(tmp_path: Path) -> None:
     view = np.frombuffer(created.states, dtype=np.uint8)
     created.close()
     assert view.tobytes() == STATES
+
+
+def test_reading_copies_what_is_there_and_changes_nothing(tmp_path: Path) -> None:
+    created = create(tmp_path / "map")
+    created.states[3] |= LOCKED | SYNC_IN_CUT
+    before = (tmp_path / "map").read_bytes()
+    assert MapFile.read(tmp_path / "map", GEOMETRY, OWNER, BOOT) == bytes(created.states)
+    assert (tmp_path / "map").read_bytes() == before
+    created.close()
+    for geometry, owner, boot in (
+        (Geometry(20 * 4096, 4096), OWNER, BOOT),
+        (GEOMETRY, owner_tag("vm1", "other"), BOOT),
+        (GEOMETRY, OWNER, "another boot of the machine"),
+    ):
+        assert MapFile.read(tmp_path / "map", geometry, owner, boot) is None
+    os.truncate(tmp_path / "map", 4097)
+    assert MapFile.read(tmp_path / "map", GEOMETRY, OWNER, BOOT) is None
+    assert MapFile.read(tmp_path / "missing", GEOMETRY, OWNER, BOOT) is None

@@ -21,6 +21,7 @@ from silo.volumestate import (
     Origin,
     create_folder,
     open_folder,
+    read_folder,
     states_of_extents,
 )
 
@@ -246,6 +247,26 @@ async def test_dying_anywhere_while_the_map_is_made_anew_leaves_the_checkpoint(
         again = disk.open()
         assert bytes(again.buffer) == bytes([SUSPECT] * 4) + ABSENT[4:]
     assert 5 < nth < 99
+
+
+async def test_a_reader_gets_a_copy_of_what_is_durable(disk: Disk) -> None:
+    """And is refused while the map of this boot says more than the checkpoint."""
+    state = disk.open()
+    state.buffer[0:2] = bytes([Residency.PRESENT, Residency.ZERO_UNPUNCHED])
+    with pytest.raises(InvalidRequestError, match=r"not everything in .* was made durable"):
+        read_folder(disk.folder, GEOMETRY, OWNER, "boot 1")
+    assert read_folder(disk.folder, GEOMETRY, OWNER, "boot 2") == ABSENT
+    await state.checkpoint(bytes(state.buffer))
+    state.buffer[0] |= SYNC_DIRTY
+    before = disk.slots(), (disk.folder / "map").read_bytes()
+    expected = bytes([SUSPECT, Residency.ZERO_UNPUNCHED | SYNC_DIRTY]) + ABSENT[2:]
+    for boot in ("boot 1", "boot 2"):
+        assert read_folder(disk.folder, GEOMETRY, OWNER, boot) == expected
+    assert (disk.slots(), (disk.folder / "map").read_bytes()) == before
+    with pytest.raises(InvalidRequestError, match="was made as"):
+        read_folder(disk.folder, Geometry(4 * 4096, 4096), OWNER, "boot 1")
+    with pytest.raises(CorruptionError, match="belongs to another volume"):
+        read_folder(disk.folder, GEOMETRY, owner_tag("vm1", "other"), "boot 1")
 
 
 async def test_a_map_in_memory(disk: Disk) -> None:

@@ -22,11 +22,8 @@ the death of the process, in checkpoints for that of the machine. It only ever s
 * **Flushing** copies the map, flushes the data, and makes *that copy* durable, as a volume does. So what was flushed
   survives a power loss, and a cell that the map owns has its content in the data.
 
-Between the look at a cell that is to change and the change, the cell is locked, unless both are one step; whoever
-wants to write to it waits, readers go on. Several cells are locked in one step, so nobody waits while holding a
-lock. Writes to owned cells take no lock. One that is still under way when its cell is zeroed may land in the data
-after that, where it means nothing, or in a cell that is owned again by then, as if it had come after the zeroing:
-it overlaps with it, and so they are not ordered.
+While the device is busy with a cell, `silo.chunklocks` keeps others from it: writes to owned cells go on side by side,
+zeroing waits for them; a cell that is about to be owned, or to be zero, is locked. Readers never wait.
 
 The other form without waiting is served when base and data can do that. An overlay may be the base of another; how
 one is opened, and its base recognised, is in `silo.devices.overlay_open`.
@@ -35,12 +32,14 @@ one is opened, and its base recognised, is in `silo.devices.overlay_open`.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 from collections.abc import Iterator, Sequence
 
 from silo.abc import BlockDevice, Buffer
+from silo.chunklocks import ChunkLocks
 from silo.chunkmap import LOCKED, RESIDENCY_MASK, ChunkMap, Residency, runs_of
-from silo.errors import ClosedError, CorruptionError
+from silo.errors import ClosedError, CorruptionError, InvalidRequestError
 from silo.geometry import Geometry
 from silo.volumestate import VolumeState
 from silo.zeros import zeros
@@ -66,6 +65,10 @@ class OverlayDevice(BlockDevice):
     """
 
     def __init__(self, base: BlockDevice, data: BlockDevice, cells: Geometry, state: VolumeState) -> None:
+        if data.size != cells.size:
+            raise InvalidRequestError(
+                f"an overlay of {cells.size} bytes cannot have data of {data.size} bytes"
+            )
         self.size = cells.size
         self.cells = cells
         self._base = base
@@ -75,7 +78,7 @@ class OverlayDevice(BlockDevice):
         self._map.view &= RESIDENCY_MASK  # what else a volume's map has to say means nothing here
         self._states = self._map.states
         self._shift = cells.chunk_shift
-        self._waiting: dict[int, asyncio.Event] = {}
+        self._locks = ChunkLocks(self._map)
         self._checkpoint_due = True  # nobody knows what the process before us still owed
         self._flush_turn = asyncio.Lock()
         self._closed = False
@@ -152,7 +155,7 @@ class OverlayDevice(BlockDevice):
         if (end - 1) >> self._shift == first and self._states[first] == OWNED:
             return self._data.write_nowait(offset, data)
         first, limit = self.cells.touched(offset, len(data))
-        if self._busy(first, limit) is not None:
+        if len(self._map.select(LOCKED, LOCKED, first, limit)):
             return False
         start, stop = self._widened(first, limit, offset, end)
         if stop - start - len(data) > COPY_UP_INLINE_MAX:
@@ -165,12 +168,13 @@ class OverlayDevice(BlockDevice):
         return True
 
     async def write(self, offset: int, data: Buffer) -> None:
+        self._check_open()
         end = offset + len(data)
         first, limit = self.cells.touched(offset, len(data))
-        await self._wait_free(first, limit)
-        if len(self._map.select(RESIDENCY_MASK, OWNED, first, limit)) == limit - first:
-            return await self._data.write(offset, data)
-        with self._locked(first, limit):
+        while len(locked := self._map.select(LOCKED, LOCKED, first, limit)):
+            await self._locks.wait(int(locked[0]))
+            self._check_open()
+        with self._locks.writing(first, limit):
             start, stop = self._widened(first, limit, offset, end)
             head = await self.read(start, offset - start) if start < offset else b""
             tail = await self.read(end, stop - end) if end < stop else b""
@@ -190,7 +194,7 @@ class OverlayDevice(BlockDevice):
     def zero_nowait(self, offset: int, length: int) -> bool:
         self._check_open()
         first, limit = self.cells.touched(offset, length)
-        if limit - first > ZERO_STEP or self._busy(first, limit) is not None:
+        if limit - first > ZERO_STEP or self._locks.busy(first, limit) is not None:
             return False
         if self._edges_below(offset, length):
             return limit - first == 1 and self.write_nowait(offset, zeros(length))
@@ -216,9 +220,11 @@ class OverlayDevice(BlockDevice):
 
     async def _zero_step(self, offset: int, length: int) -> None:
         first, limit = self.cells.touched(offset, length)
-        await self._wait_free(first, limit)
+        while (busy := self._locks.busy(first, limit)) is not None:
+            await self._locks.wait(busy)
+            self._check_open()
         owned = runs_of(self._map.select(RESIDENCY_MASK, OWNED, first, limit))
-        with self._locked(first, limit):
+        with self._locks.locked(first, limit):
             for start, stop in self._clipped(owned, offset, length):
                 await self._data.zero(start, stop - start)
             self._set(*self.cells.covered(offset, length), ZERO)
@@ -249,33 +255,6 @@ class OverlayDevice(BlockDevice):
             self._map.set_residency_run(first, limit, Residency(residency))
             self._checkpoint_due = True
 
-    def _busy(self, first: int, limit: int) -> int | None:
-        """A cell of the run that is locked, if there is one."""
-        locked = self._map.select(LOCKED, LOCKED, first, limit)
-        return int(locked[0]) if len(locked) else None
-
-    async def _wait_free(self, first: int, limit: int) -> None:
-        """Return when none of the cells is locked, in the same step in which that is so.
-
-        No deadline: each lock lasts for a few device calls, which cannot be shortened.
-        """
-        self._check_open()
-        while (busy := self._busy(first, limit)) is not None:
-            await self._waiting.setdefault(busy, asyncio.Event()).wait()
-            self._check_open()
-
-    @contextlib.contextmanager
-    def _locked(self, first: int, limit: int) -> Iterator[None]:
-        """Lock cells that are free. No await may stand between the look for that and this."""
-        states = self._map.view[first:limit]
-        states |= LOCKED
-        try:
-            yield
-        finally:
-            states &= 0xFF & ~LOCKED
-            for cell in [cell for cell in self._waiting if first <= cell < limit]:
-                self._waiting.pop(cell).set()
-
     def _check_map(self) -> None:
         """Raise `CorruptionError` for a map that no overlay over this base can have."""
         possible = [len(self._map.select(RESIDENCY_MASK, residency)) for residency in (BELOW, ZERO, OWNED)]
@@ -290,9 +269,8 @@ class OverlayDevice(BlockDevice):
     async def flush(self) -> None:
         """As the port says. When it raises, nothing is promised; call again."""
         self._check_open()
-        async with (
-            self._flush_turn
-        ):  # one after the other: the second must not return before the first's map is safe
+        # One after the other, without a deadline: none may return before the map of an earlier one is safe.
+        async with self._flush_turn:
             due, self._checkpoint_due = self._checkpoint_due, False
             try:
                 snapshot = bytes(self._states) if due else None
@@ -309,17 +287,9 @@ class OverlayDevice(BlockDevice):
         runs = self._runs(0, self.size)  # first: what changes during the call need not be in the answer
         below = await self._base.data_extents()
         extents: list[tuple[int, int]] = []
-        position = 0
         for start, stop, residency in runs:
-            found = [(start, stop)] if residency == OWNED else []
-            while residency == BELOW and position < len(below) and below[position][0] < stop:
-                offset, length = below[position]
-                if offset + length > start:
-                    found.append((max(offset, start), min(offset + length, stop)))
-                if offset + length > stop:
-                    break
-                position += 1
-            for low, high in found:
+            inside = _inside(below, start, stop) if residency == BELOW else [(start, stop)]
+            for low, high in inside if residency != ZERO else ():
                 if extents and sum(extents[-1]) == low:
                     low = extents.pop()[0]
                 extents.append((low, high - low))
@@ -331,8 +301,8 @@ class OverlayDevice(BlockDevice):
             return
         self._closed = True
         try:
-            while (busy := self._busy(0, self._map.count)) is not None:
-                await self._waiting.setdefault(busy, asyncio.Event()).wait()
+            while (busy := self._locks.busy(0, self._map.count)) is not None:
+                await self._locks.wait(busy)
         finally:
             async with contextlib.AsyncExitStack() as stack:
                 for part in (self._base, self._data, self._state):
@@ -341,6 +311,15 @@ class OverlayDevice(BlockDevice):
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the overlay was closed")
+
+
+def _inside(extents: Sequence[tuple[int, int]], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """``(low, high)`` of what ascending extents have between two offsets."""
+    position = bisect.bisect_right(extents, start, key=sum)
+    while position < len(extents) and extents[position][0] < stop:
+        offset, length = extents[position]
+        yield max(offset, start), min(offset + length, stop)
+        position += 1
 
 
 def _joined(head: Buffer, data: Buffer, tail: Buffer) -> Buffer:

@@ -50,6 +50,8 @@ Ts = TypeVarTuple("Ts")
 CELL_SIZE_DEFAULT = 64 * 1024
 FORMAT = 1
 _RECORD = "overlay"
+_UNFINISHED = frozenset({"data", "map", "base.digest", ".map.new", ".overlay.new", ".base.digest.new"})
+"""All that there can be while an overlay is made."""
 
 
 class OverlayIdentity(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,10 +128,23 @@ class OverlayFolder:
                 )
             return None
         cells = _new_cells(base, size or base.device.size, cell_size)
+        self._check_place()
         make_directory(self.path)
         if self.data.exists():
             self._empty_leftover()
         return cells.size
+
+    def _check_place(self) -> None:
+        """An overlay is made where nothing is yet, or what another process left when it died on the way."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise InvalidRequestError(f"{self.path} is a file", hint="an overlay is a folder; name a new one")
+        others = sorted(entry.name for entry in self.path.iterdir() if entry.name not in _UNFINISHED)
+        if others:
+            raise InvalidRequestError(
+                f"{self.path} is no overlay: it holds {others[0]}", hint="name a new folder, or an empty one"
+            )
 
     def _empty_leftover(self) -> None:
         """Data without a record was never used. It may have another size than what is asked for now."""
@@ -203,7 +218,10 @@ def _new_cells(base: Base, size: int, cell_size: int | None) -> Geometry:
             f"an overlay of {size} bytes cannot lie over a base of {base.device.size} bytes",
             hint="it must have the size of its base or more",
         )
-    return Geometry(size, cell_size or CELL_SIZE_DEFAULT)
+    try:
+        return Geometry(size, cell_size or CELL_SIZE_DEFAULT)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"an overlay cannot be divided like this: {error}") from error
 
 
 def fresh_cells(cells: Geometry, base_size: int) -> bytearray:

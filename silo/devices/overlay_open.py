@@ -87,7 +87,7 @@ async def open_base(*paths: AnyPath, caches: tuple[Path, ...] = (), boot: str | 
     path, *below = map(Path, paths)
     device: ReadOnlyDevice = await _open_read_only(path, below, boot) if below else ReadOnlyFile(path)
     async with _closed_on_error(device):
-        beside = path.with_name(f"{path.name}.digest")
+        beside = path.with_name(f"{path.name}.silo-digest")
         return Base(device, await cached_digest(device, (beside, *caches)))
 
 

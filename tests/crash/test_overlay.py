@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from silo.chunklocks import ChunkLocks
 from silo.devices.delayed import DelayedDevice, Delays
 from silo.devices.faulty import FaultyDevice
 from silo.devices.overlay import OverlayDevice
@@ -154,7 +155,7 @@ async def hasty(self: OverlayDevice) -> None:
 
 
 @contextlib.contextmanager
-def unlocked(self: OverlayDevice, first: int, limit: int) -> Iterator[None]:
+def unlocked(self: ChunkLocks, first: int, limit: int) -> Iterator[None]:
     """Nobody is kept out."""
     yield
 
@@ -171,7 +172,7 @@ def narrow(self: OverlayDevice, first: int, limit: int, start: int, stop: int) -
         ("tests.support.overlays.KeptMap.checkpoint", forgetful, True),
         ("silo.devices.volatile.VolatileDevice.flush", lies, True),
         ("silo.devices.overlay.OverlayDevice.flush", hasty, True),
-        ("silo.devices.overlay.OverlayDevice._locked", unlocked, False),
+        ("silo.chunklocks.ChunkLocks.writing", unlocked, False),
         ("silo.devices.overlay.OverlayDevice._widened", narrow, False),
     ],
 )

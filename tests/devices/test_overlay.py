@@ -420,25 +420,24 @@ async def test_a_covering_write_and_a_copy_up_do_not_cross() -> None:
 
 
 @interleaved
-async def test_a_write_to_an_owned_cell_that_is_zeroed_meanwhile() -> None:
-    """They overlap, so either may win; the neighbour, who comes after the zeroing, wins in any case."""
+async def test_zeroing_waits_for_writes_to_its_cells_that_are_under_way() -> None:
+    """What they bring afterwards would not be zero; other writes to the same cells go on beside them."""
     data = HeldDevice(CELL, slow="write")
     overlay = make_overlay(memory_with(b"o" * CELL), data)
     await overlay.write(0, b"x" * CELL)
     data.hold = {"write"}
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(overlay.write(0, b"late"))
-        late = await data.next("write")
-        await overlay.zero(0, CELL)
-        assert content_of(overlay) == bytes(CELL)
-        tasks.create_task(overlay.write(100, b"after"))
+        tasks.create_task(overlay.write(0, b"first"))
+        first = await data.next("write")
+        assert not overlay.zero_nowait(0, CELL)
+        zeroing = tasks.create_task(overlay.zero(0, CELL))
+        tasks.create_task(overlay.write(100, b"second"))
         (await data.next("write")).release()
         await everything_else()
-        late.release()
-    assert content_of(overlay) in (
-        b"late" + bytes(96) + b"after" + bytes(CELL - 105),
-        bytes(100) + b"after" + bytes(CELL - 105),
-    )
+        assert not zeroing.done()
+        assert bytes(overlay.read_nowait(100, 6)) == b"second"
+        first.release()
+    assert content_of(overlay) == bytes(CELL)
 
 
 @interleaved
@@ -650,8 +649,8 @@ def test_a_map_that_no_overlay_can_have_is_refused(states: list[int]) -> None:
         OverlayDevice(
             MemoryDevice(2 * CELL), MemoryDevice(3 * CELL), cells, EphemeralState(cells, bytes(states))
         )
-    with pytest.raises(InvalidRequestError):
-        OverlayDevice(MemoryDevice(CELL), MemoryDevice(CELL), cells, EphemeralState(cells, bytes(2)))
+    with pytest.raises(InvalidRequestError, match="cannot have data of 4096 bytes"):
+        OverlayDevice(MemoryDevice(CELL), MemoryDevice(CELL), cells, EphemeralState(cells, bytes(3)))
 
 
 # ---- the model ------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ async def test_beside_a_base_that_cannot_be_written_to(
     path: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The overlay itself remembers, from the second time on."""
-    golden.with_name("golden.img.digest").mkdir()  # stands for a folder of somebody else
+    golden.with_name("golden.img.silo-digest").mkdir()  # stands for a folder of somebody else
     await written(path, golden)
     await content_of(path, golden)
     assert (path / "base.digest").is_file()
@@ -299,7 +299,7 @@ async def test_a_base_that_is_an_overlay_can_only_be_read(golden: Path, tmp_path
             with pytest.raises(InvalidRequestError, match="can only be read"):
                 await device.zero(offset, CELL)
     assert not (tmp_path / "middle" / "base.digest").exists()
-    assert (tmp_path / "middle.digest").exists()
+    assert (tmp_path / "middle.silo-digest").exists()
 
 
 @pytest.mark.parametrize("what", ["data", "map"])
@@ -357,11 +357,11 @@ async def test_what_is_no_overlay_is_refused_as_one(path: Path, golden: Path, tm
 async def test_missing_parts_are_damage(path: Path, golden: Path) -> None:
     await written(path, golden)
     for part in ("data", "map", "overlay"):
-        (path / part).rename(path / "elsewhere")
+        (path / part).rename(path.with_name("elsewhere"))
         with pytest.raises(CorruptionError):
             await open_overlay(path, golden)
         assert not (path / part).exists(), "nothing is made in its place"
-        (path / "elsewhere").rename(path / part)
+        path.with_name("elsewhere").rename(path / part)
     assert (await content_of(path, golden))[100:112] == b"disk.overlay"
 
 
@@ -431,6 +431,18 @@ async def test_dying_anywhere_while_an_overlay_is_made_leaves_nothing_or_all(
     assert not died()
     assert nth > 20
     assert sizes == {len(GOLDEN), size or len(GOLDEN)}
+
+
+async def test_a_place_that_is_taken_is_refused(golden: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequestError, match=r"golden.img is a file \(an overlay is a folder"):
+        await open_overlay(golden, golden)
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "notes.txt").touch()
+    with pytest.raises(InvalidRequestError, match=r"home is no overlay: it holds notes\.txt"):
+        await open_overlay(home, golden)
+    assert [entry.name for entry in home.iterdir()] == ["notes.txt"]
+    assert golden.read_bytes() == GOLDEN
 
 
 async def test_another_process_that_is_making_it_is_left_alone(path: Path, golden: Path) -> None:
