@@ -44,6 +44,8 @@ __all__ = ["HostedGroup"]
 
 START_DELAY_MIN_S = 0.2
 START_DELAY_MAX_S = 10.0
+ARRIVAL_PATIENCE_S = 30.0
+"""What closing gives a migration to here: a host that was told to stop is often about to vanish."""
 
 ABSENT = (Residency.ABSENT_STORE, Residency.ABSENT_PEER)
 
@@ -73,6 +75,8 @@ class HostedGroup:
         """The migration away from here, the latest one."""
         self.arrival: EventLog | None = None
         """The events of the migration to here."""
+        self._migration: TargetMigration | None = None
+        self._arriving: asyncio.Task[None] | None = None
         self._exporter = exporter
         self._site = site
         self._clock = site.clock
@@ -80,7 +84,7 @@ class HostedGroup:
         self._on_closed = on_closed
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._hydrates = False
+        self._hydrating: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._trouble: SiloError | None = None
 
@@ -108,12 +112,11 @@ class HostedGroup:
 
     def _hydrate(self) -> None:
         """Once, however often the group is started."""
-        if self._hydrates:
+        if self._hydrating is not None:
             return
-        self._hydrates = True
         if self.link is not None:
             self.link.fill_known_zeros(self.group)
-        self._spawn(self.hydrator.run())
+        self._hydrating = self._spawn(self.hydrator.run())
 
     def _settle(self, phase: str, error: SiloError | None = None) -> None:
         """Whoever waits for the group to run learns how that ended."""
@@ -130,10 +133,11 @@ class HostedGroup:
         if self._trouble is not None:
             raise self._trouble
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._tasks.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     # ---- the store ----------------------------------------------------------------------------------------
 
@@ -153,8 +157,14 @@ class HostedGroup:
         return await self.link.syncer.wait_stored()
 
     async def wait_hydrated(self) -> None:
-        """Return when nothing is absent any more. No deadline: it takes what store and peer need."""
+        """Return when nothing is needed from elsewhere any more: the group may itself migrate now.
+
+        No deadline: it takes what store and peer need. `MigrationAborted` when the group does not arrive.
+        """
+        await self.wait_running()
         await self.hydrator.wait_done()
+        if self._migration is not None:
+            await self._migration.wait_evacuated()
 
     # ---- moving -------------------------------------------------------------------------------------------
 
@@ -218,8 +228,8 @@ class HostedGroup:
         """Take part in a migration to here, which ``begin`` makes from what the group plugs in."""
         self.phase = "arriving"
         self.arrival = log = EventLog(self.name, self._clock)
-        migration = begin(self._plugs(Role.TARGET, log))
-        self._spawn(self._take_in(migration, log))
+        self._migration = begin(self._plugs(Role.TARGET, log))
+        self._arriving = self._spawn(self._take_in(self._migration, log))
 
     async def _take_in(self, migration: TargetMigration, log: EventLog) -> None:
         """One migration to here. Its failure is told to whoever waits for the group, not raised."""
@@ -313,6 +323,14 @@ class HostedGroup:
 
     # ---- the end ------------------------------------------------------------------------------------------
 
+    async def _finish_arriving(self) -> None:
+        """Before closing in peace: an arrival that has not claimed is given up, and one that has is let end, so that
+        the source is not left waiting. Bounded: past that it goes on after the next start."""
+        task = self._arriving
+        if task is not None and self._migration is not None and task is not asyncio.current_task():
+            self._migration.abort("the host was told to stop")
+            await asyncio.wait((task,), timeout=ARRIVAL_PATIENCE_S)
+
     async def close(self, *, drain: bool = True, forget: bool = False) -> None:
         """Stop serving; store what is not stored (unless told not to); make the rest durable here.
 
@@ -321,6 +339,8 @@ class HostedGroup:
         `UnavailableError` with the number of exposed bytes when the store could not be brought up to date;
         everything is closed all the same, and the local disk has it. Twice is harmless.
         """
+        if drain and not forget:
+            await self._finish_arriving()
         if self._closed:
             return
         self._closed = True
