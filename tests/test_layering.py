@@ -22,7 +22,8 @@ RINGS: dict[int, str] = {
     PORTS: "abc",
     DRIVERS: """chunklocks clock files frozen gate group hydration linux localchunks mapfile sockets statedir tasks threads volume
         volumestate""",
-    FACES: "__main__ agent cli config control daemon demo host hosted metrics testing trio",
+    FACES: """__main__ agent arriving cli config control daemon demo exporting host hosted hydrator metrics moving
+        opening restoring storelink testing trio""",
 }
 """Where everything at the first level belongs. A new module needs its place here."""
 
@@ -32,7 +33,7 @@ ROOMS: dict[str, str] = {
         nbd_handshake nbd_options nbd_replies nbd_session nbd_uri nbd_wire""",
     "sync": """claim codec head layout mappage nametable planner runs s3_errors s3_location segment settings
         status store_faults store_keys""",
-    "p2p": "chunksets convergence conversation handover messages precopy records settings terms wire",
+    "p2p": "chunksets convergence conversation handover messages meter precopy records settings terms wire",
     "hooks": "",
 }
 """The rooms of the drivers' ring, and the modules in them that are pure."""
