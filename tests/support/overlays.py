@@ -9,7 +9,7 @@ import numpy as np
 
 from silo.abc import BlockDevice, Buffer
 from silo.checkpoint import kept_of, states_after_power_loss
-from silo.chunkmap import after_restart
+from silo.chunkmap import Residency, after_restart
 from silo.devices.memory import MemoryDevice
 from silo.devices.overlay import OverlayDevice
 from silo.devices.overlay_folder import fresh_cells
@@ -18,6 +18,30 @@ from silo.volumestate import EphemeralState, Origin, VolumeState
 
 CELL = CHUNK_SIZE_MIN
 """The smallest cell: eight blocks of 512 bytes."""
+
+BELOW, ZERO, OWNED = Residency.ABSENT_STORE, Residency.ZERO_UNPUNCHED, Residency.PRESENT
+
+GOLDEN = random.Random(3).randbytes(4 * CELL + 3 * 512)
+"""The content of a base: four of the smallest cells and a short one."""
+
+
+def cells_of(overlay: OverlayDevice) -> list[Residency]:
+    """Where the content of each cell is."""
+    return [overlay._map.residency(cell) for cell in range(overlay.cells.chunk_count)]
+
+
+def content_of(overlay: OverlayDevice) -> bytes:
+    """All of it, read without waiting."""
+    return bytes(overlay.read_nowait(0, overlay.size))
+
+
+async def change(overlay: OverlayDevice, offset: int, new: bytes) -> None:
+    """Write, or zero when it is zeros; fast if possible."""
+    if any(new):
+        if not overlay.write_nowait(offset, new):
+            await overlay.write(offset, new)
+    elif not overlay.zero_nowait(offset, len(new)):
+        await overlay.zero(offset, len(new))
 
 
 def memory_with(content: Buffer) -> MemoryDevice:
