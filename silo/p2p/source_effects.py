@@ -42,6 +42,9 @@ NONCE_SIZE = 16
 _VERDICTS = {Verdict.WON: Event.WON, Verdict.LOST: Event.LOST, Verdict.FENCED: Event.FENCED}
 
 
+FENCE_ATTEMPTS = 3
+
+
 class SourceEffects:
     """See the module."""
 
@@ -57,6 +60,7 @@ class SourceEffects:
         self._changed = parts.driver.changed
         self._stops_guest = parts.record is not None
         """Hooks that stop the guest have been called, perhaps by an earlier process."""
+        self._is_fenced = False
         self._state = b""
         self._encoded = b""
         if parts.record is not None:
@@ -207,17 +211,21 @@ class SourceEffects:
 
     async def serve(self) -> None:
         """Make sure that the guest cannot come back here; chunks are served by the link until the target has all."""
-        parts = self._p
-        parts.watch.enter(Phase.POST_COPY)
-        while True:
-            try:
-                await parts.plugs.guest.fence()
-                break
-            except SiloError as error:
-                delay_s = parts.driver.retry_delay_s()
-                parts.watch.tell(StepFailed, step="fence", reason=str(error), retry_s=delay_s)
-                await asyncio.sleep(delay_s)
+        self._p.watch.enter(Phase.POST_COPY)
+        while not await self._fence():
+            await asyncio.sleep(self._p.driver.retry_delay_s())
         await self._changed.until(lambda: False)
+
+    async def _fence(self) -> bool:
+        """Try once, unless it is done; a failure is told."""
+        if not self._is_fenced:
+            try:
+                await self._p.plugs.guest.fence()
+            except SiloError as error:
+                self._p.watch.tell(StepFailed, step="fence", reason=str(error), retry_s=0.0)
+            else:
+                self._is_fenced = True
+        return self._is_fenced
 
     async def write_released(self) -> None:
         """Everything is durable at the target: remember that nothing here counts any more."""
@@ -228,6 +236,12 @@ class SourceEffects:
         """Let the target forget us. If the link is down for longer, it will ask when it is up."""
         self._p.watch.enter(Phase.EVACUATED)
         await self._say(Released())
+        # What evacuated so quickly that it interrupted the fencing does not spare the guest here. Tried a few times
+        # and not for ever: a host that may be switched off must get to the point of saying so.
+        for _ in range(FENCE_ATTEMPTS):
+            if await self._fence():
+                return
+            await asyncio.sleep(self._settings.retry_min_s)
 
     # ---- the group is ours ------------------------------------------------------------------------------
 
