@@ -212,7 +212,9 @@ class SourceEffects:
     async def serve(self) -> None:
         """Make sure that the guest cannot come back here; chunks are served by the link until the target has all."""
         self._p.watch.enter(Phase.POST_COPY)
-        while not await self._fence():
+        while True:
+            if await self._fence():
+                break
             await asyncio.sleep(self._p.driver.retry_delay_s())
         await self._changed.until(lambda: False)
 
