@@ -172,7 +172,7 @@ async def test_nothing_answered_is_lost(guest: tuple[list[Burst], int]) -> None:
 @pytest.mark.crash
 @pytest.mark.slow
 @given(GUESTS)
-@settings(max_examples=100, deadline=None, suppress_health_check=KILLING)
+@settings(max_examples=25, deadline=None, suppress_health_check=KILLING)
 async def test_nothing_answered_is_lost_at_length(guest: tuple[list[Burst], int]) -> None:
     await play(*guest)
 
