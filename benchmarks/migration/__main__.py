@@ -1,0 +1,90 @@
+"""``python -m benchmarks.migration``: groups that move between two processes, and nbdcopy beside them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import attrs
+from rich.console import Console
+
+from benchmarks.common.machine import describe_machine
+from benchmarks.common.table import print_table
+from benchmarks.common.turns import Sample, take_turns
+from benchmarks.migration.pair import migrate_once
+from benchmarks.migration.report import Measured, tables
+from benchmarks.migration.rival import copy_once
+from benchmarks.migration.scenarios import bulk, downtime, evacuation, moved
+from silo.settings import parse_size
+
+PARTS = ("bulk", "downtime", "moved", "evacuation")
+TOOLS = ("nbdkit", "nbdcopy")
+
+
+def main() -> int:
+    """Measure what the command line asks for."""
+    options = _parse()
+    console = Console()
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing and "bulk" in options.parts:
+        console.print(f"missing: {', '.join(missing)} (Debian: apt-get install nbdkit libnbd-bin)")
+        return 1
+    machine = describe_machine(TOOLS)
+    measured = _measure(options)
+    loads = f"{machine.load[0]:.1f} → {os.getloadavg()[0]:.1f}"
+    console.print(
+        f"{machine.cores} × {machine.cpu}, {machine.memory_gib} GiB, Linux {machine.kernel}, Python {machine.python}; "
+        f"{', '.join(machine.tools.values())}. Load average {loads}. Median, with minimum and maximum in brackets."
+    )
+    for table in tables(measured):
+        print_table(table, console)
+    if options.json:
+        document = {"machine": attrs.asdict(machine), **attrs.asdict(measured)}
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.migration", description=__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="few and small runs: a smoke test, no numbers worth quoting")
+    add(
+        "--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART", help=f"some of {', '.join(PARTS)}"
+    )
+    add("--rounds", type=int, metavar="COUNT", help="alternations; downtime takes two runs more (7)")
+    add("--size", metavar="SIZE", help="of the disk that moves as a whole (256M)")
+    add("--disk", type=Path, metavar="DIR", help="for state, stores and images (a temporary directory)")
+    add("--json", metavar="FILE", help="write everything, samples included")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (2 if options.quick else 7)
+    options.size = parse_size(options.size or ("32M" if options.quick else "256M"))
+    return options
+
+
+def _measure(options: argparse.Namespace) -> Measured:
+    rounds, disk = options.rounds, options.disk
+    whole, moving = bulk(options.size), moved()
+    sparse = {name: evacuation(large=name == "large", quick=options.quick) for name in ("small", "large")}
+
+    def one_bulk(name: str, _round: int) -> Sample:
+        return migrate_once(whole, disk) if name == "silo" else copy_once(whole)
+
+    def one_evacuation(name: str, _round: int) -> Sample:
+        return migrate_once(sparse[name], disk)
+
+    parts = options.parts
+    return Measured(
+        bulk=take_turns(("silo", "nbdcopy"), rounds, one_bulk) if "bulk" in parts else {},
+        downtime=[migrate_once(downtime(), disk) for _ in range(rounds + 2)] if "downtime" in parts else (),
+        moved=[migrate_once(moving, disk) for _ in range(min(rounds, 3))] if "moved" in parts else (),
+        moved_scenario=moving,
+        evacuation=take_turns(tuple(sparse), rounds, one_evacuation) if "evacuation" in parts else {},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
