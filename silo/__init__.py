@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from silo.devices.file import FileDevice
     from silo.devices.memory import MemoryDevice
+    from silo.devices.overlay_open import open_overlay
     from silo.errors import (
         CapacityError,
         ClosedError,
@@ -60,6 +61,7 @@ _HOMES = {
     ),
     "silo.devices.file": ("FileDevice",),
     "silo.devices.memory": ("MemoryDevice",),
+    "silo.devices.overlay_open": ("open_overlay",),
     "silo.errors": (
         "CapacityError", "ClosedError", "CorruptionError", "FencedError", "HandoverInDoubt",
         "InvalidRequestError", "InvariantError", "LocalProtocolError", "MigrationAborted", "MigrationError",
@@ -119,6 +121,7 @@ __all__ = [
     "VolumeSpec",
     "Workload",
     "__version__",
+    "open_overlay",
 ]
 
 

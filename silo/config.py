@@ -64,6 +64,13 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     read_only: bool = False
     overwrite: bool = False
     """The device may hold something else, which gives way to what the store has."""
+    base: str | list[str] = []
+    """Copy-on-write over this image; of several, the nearest first (`silo.devices.overlay_open`)."""
+
+    @property
+    def bases(self) -> list[str]:
+        """The images below an overlay, the nearest first; none for a plain disk."""
+        return [self.base] if isinstance(self.base, str) else self.base
 
     @property
     def size_bytes(self) -> int | None:
@@ -237,12 +244,15 @@ def parse_volume_flag(text: str) -> tuple[str, VolumeConfig]:
     values: dict[str, Any] = {"path": path}
     for option in options:
         key, _, value = option.partition("=")
-        values[key] = {"true": True, "false": False}.get(value, value)
+        if key == "base":
+            values.setdefault("base", []).append(value)
+        else:
+            values[key] = {"true": True, "false": False}.get(value, value)
     try:
         return name, msgspec.convert(values, VolumeConfig)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(
-            f"--volume {text!r}: {error}", hint="size, chunk_size, read_only, overwrite"
+            f"--volume {text!r}: {error}", hint="size, chunk_size, read_only, overwrite, base"
         ) from error
 
 

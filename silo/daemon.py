@@ -21,6 +21,7 @@ from silo.arriving import Arrival
 from silo.config import GroupConfig, ServeConfig
 from silo.control import ControlServer, Result
 from silo.devices.file import FileDevice
+from silo.devices.overlay_open import open_overlay
 from silo.errors import FencedError, InvalidRequestError, SiloError
 from silo.hooks.command import CommandWorkload
 from silo.host import Host
@@ -99,7 +100,7 @@ class _Daemon:
         for name, settings in self._config.groups.items():
             hosted = await self._host.open_group(
                 name,
-                {volume: _spec(name, volume, settings) for volume in settings.volumes},
+                await _specs(name, settings),
                 store=self._config.store or None,
                 sync=self._sync_settings(),
                 workload=self._workload(settings),
@@ -234,13 +235,29 @@ class _Daemon:
         yield Result({"hydrated": hosted.is_hydrated})
 
 
-def _spec(group: str, name: str, settings: GroupConfig) -> VolumeSpec:
+async def _spec(group: str, name: str, settings: GroupConfig) -> VolumeSpec:
     volume = settings.volumes[name]
     try:
-        device = FileDevice(volume.path, volume.size_bytes)
+        if volume.bases:
+            device: BlockDevice = await open_overlay(volume.path, *volume.bases, size=volume.size_bytes)
+        else:
+            device = FileDevice(volume.path, volume.size_bytes)
     except SiloError as error:
         raise type(error)(f"{group}/{name}: {error.message}", hint=error.hint) from error
     return VolumeSpec(device, volume.chunk_bytes, volume.read_only, volume.overwrite)
+
+
+async def _specs(group: str, settings: GroupConfig) -> dict[str, VolumeSpec]:
+    """The devices of a group; all or none are open afterwards."""
+    specs: dict[str, VolumeSpec] = {}
+    try:
+        for name in settings.volumes:
+            specs[name] = await _spec(group, name, settings)
+    except BaseException:
+        for spec in specs.values():
+            await spec.device.aclose()
+        raise
+    return specs
 
 
 def _fresh_device(path: Path, size: int) -> FileDevice:

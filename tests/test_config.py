@@ -133,3 +133,10 @@ def test_a_volume_needs_a_group() -> None:
     """--volume alone says which group it lacks."""
     with pytest.raises(InvalidRequestError, match="--group"):
         merge_flags(ServeConfig(), volumes=["disk=d"])
+
+
+def test_bases_of_an_overlay_are_listed_nearest_first() -> None:
+    """In flags and in files alike; a plain disk has none."""
+    _, disk = parse_volume_flag("disk=d.overlay,base=patched.overlay,base=golden.img")
+    assert disk.bases == ["patched.overlay", "golden.img"]
+    assert parse_volume_flag("disk=d.img")[1].bases == []

@@ -26,7 +26,10 @@ Config = Annotated[
 GroupName = Annotated[str | None, _flag("Open this group. Without any group, wait for one to arrive.")]
 Volumes = Annotated[
     list[str] | None,
-    _flag("NAME=PATH[,size=8G][,chunk_size=64K][,read_only=true]: a disk of the group. Repeatable."),
+    _flag(
+        "NAME=PATH[,size=8G][,chunk_size=64K][,read_only=true][,base=IMAGE]: a disk of the group; with base, "
+        "copy-on-write over that image. Repeatable."
+    ),
 ]
 Listen = Annotated[
     list[str] | None,
