@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from silo.abc import Buffer
 from silo.chunkmap import Residency
 from silo.devices.faulty import FaultyDevice, Verb
 from silo.devices.memory import MemoryDevice
@@ -460,3 +461,47 @@ async def test_a_filter_without_extended_headers_is_an_unknown_flag():
     served = Served(HeaderStyle.STRUCTURED)
     refused = await served.ask(STATUS, 0, payload=encode_status_filter(CHUNK, [4]), flags=PAYLOAD)
     assert served.refusal(NbdError.EINVAL, 0, refused)
+
+
+class Reluctant(MemoryDevice):
+    """Declines large writes, and all of them after so many."""
+
+    def __init__(self, size: int, patience: int) -> None:
+        super().__init__(size)
+        self.patience = patience
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        if len(data) > 256 << 10 or not self.patience:
+            return False
+        self.patience -= 1
+        return super().write_nowait(offset, data)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        super().write_nowait(offset, data)
+
+
+@pytest.mark.parametrize("flags", [0, FUA])
+@pytest.mark.parametrize(
+    ("length", "patience", "at_once"),
+    [
+        (1 << 20, 4, True),
+        ((1 << 20) - 512, 4, True),
+        (1 << 20, 3, False),
+        (1 << 20, 0, False),
+        (2 << 20, 99, False),
+    ],
+    ids=["in four steps", "the last one shorter", "declined in the end", "declined at once", "too large"],
+)
+async def test_a_large_write_is_offered_in_steps(length: int, patience: int, at_once: bool, flags: int):
+    """Steps that were taken are part of the write; when one is declined, all of it is done again by a task."""
+    device = Reluctant(4 << 20, patience)
+    _, volume = make_volume(device)
+    service = NbdService(volume, replies_for(HeaderStyle.SIMPLE), payload_max=4 << 20)
+    content = bytes(range(256)) * (length // 256)
+    out: list[Buffer] = []
+    misses = service.serve_nowait([request(WRITE, 512, payload=content, flags=flags)], out)
+    assert [miss[0] for miss in misses] == ([FLUSH] * bool(flags) if at_once else [WRITE])
+    assert bool(out) == (at_once and not flags)
+    for miss in misses:
+        await service.serve(miss)
+    assert bytes(device.read_nowait(512, length)) == content
