@@ -24,10 +24,10 @@ from silo.group import CopyLimits, Group
 from silo.hosted import HostedGroup
 from silo.opening import NO_INCARNATION, VolumeSpec, remember
 from silo.p2p.reception import IncomingOffer
-from silo.records import VolumeGeometry
+from silo.records import Identity, VolumeGeometry
 from silo.statedir import GroupState
 from silo.storelink import StoreLink, without_secrets
-from silo.sync.claim import Owner
+from silo.sync.claim import Owner, owner_of
 from silo.sync.settings import FetchSettings, SyncSettings
 
 __all__ = ["Arrival", "prepare_arrival"]
@@ -138,7 +138,8 @@ async def prepare_arrival(
         absent = bytes(geometry.chunk_count)
         opened = await state.open_volume(name, geometry, absent)
         chunks = ChunkMap(opened.buffer, geometry.chunk_count)
-        group.add(name, specs[name].device, geometry, chunks=chunks, keeper=opened)
+        spec = specs[name]
+        group.add(name, spec.device, geometry, chunks=chunks, keeper=opened, read_only=spec.read_only)
     if link is not None:
         await link.look()
         link.attach(group)
@@ -156,4 +157,20 @@ async def _forget_earlier(state: GroupState, link: StoreLink | None) -> None:
             f"group {state.name} has been opened on this host, and no store can say which one is newer",
             hint=f"remove {state.path} if the one that arrives is",
         )
+    if identity is not None and identity.epoch and link is not None:
+        await _refuse_ours(identity, state, link)
     await state.forget()
+
+
+async def _refuse_ours(identity: Identity, state: GroupState, link: StoreLink) -> None:
+    """What is here counts for as long as the register names us: then the host that offers the group is mistaken."""
+    if identity.register != without_secrets(link.store.url):
+        raise InvalidRequestError(
+            f"group {state.name} was kept in {identity.register} when it was here",
+            hint=f"accept it with that store, or remove {state.path}",
+        )
+    head = await link.register.read()
+    if head is not None and owner_of(head) == Owner(identity.epoch, identity.incarnation):
+        raise InvalidRequestError(
+            f"group {state.name} belongs to this host and to no other", hint="open it here to store what it has"
+        )

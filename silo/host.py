@@ -30,10 +30,18 @@ from silo.geometry import Geometry
 from silo.group import CopyLimits, Group
 from silo.hooks.runner import WorkloadRunner
 from silo.hosted import HostedGroup
-from silo.opening import VolumeSpec, claim_group, open_volumes, preparation, reopen_volumes
+from silo.names import check_group_name, check_volume_name
+from silo.opening import (
+    VolumeSpec,
+    claim_group,
+    open_volumes,
+    preparation,
+    read_unfinished,
+    reopen_volumes,
+)
 from silo.p2p.ports import Site
 from silo.p2p.reception import IncomingOffer, Reception
-from silo.p2p.records import HANDOVER_RECORD, OFFER_RECORD
+from silo.p2p.records import HANDOVER_RECORD
 from silo.p2p.settings import MigrationSettings
 from silo.p2p.target import TargetMigration
 from silo.p2p.transport import PlainTransport
@@ -77,20 +85,26 @@ class Host:
         self._tasks = asyncio.TaskGroup()
         self._exporter: Exporter | None = None
         self._ticker: asyncio.Task[None] | None = None
+        self._receiving: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         self._state = StateDir(self._path)
-        self._site = Site(
-            host=await self._state.host_name(self.clock),
-            transport=self._transport,
-            clock=self.clock,
-            settings=self._migration,
-        )
+        try:
+            self._site = Site(
+                host=await self._state.host_name(self.clock),
+                transport=self._transport,
+                clock=self.clock,
+                settings=self._migration,
+            )
+            self._reception = Reception(self._site, self._holds_handover)
+            if self._listen is not None:
+                self.peer_url = await self._reception.listen(self._listen)
+        except BaseException:
+            await self._state.aclose()
+            raise
         await self._tasks.__aenter__()
-        self._reception = Reception(self._site)
         if self._listen is not None:
-            self.peer_url = await self._reception.listen(self._listen)
-            self._tasks.create_task(self._reception.run())
+            self._receiving = self._tasks.create_task(self._reception.run())
         self._exporter = Exporter(self._tasks)
         self._ticker = self._tasks.create_task(self._tick())
         return self
@@ -101,24 +115,37 @@ class Host:
         errors: list[SiloError] = []
         drain = kind is None or not issubclass(kind, asyncio.CancelledError)
         try:
-            for group in list(self.groups.values()):
-                try:
-                    await self.close_group(group, drain=drain)
-                except SiloError as failure:
-                    errors.append(failure)
+            await self._close_groups(errors, drain=drain)
         finally:
             if self._reception is not None:
                 await self._reception.aclose()
             if self._exporter is not None:
                 await self._exporter.aclose()
-            if self._ticker is not None:
-                self._ticker.cancel()
+            for task in (self._ticker, self._receiving):
+                if task is not None:
+                    task.cancel()
             await self._end_tasks()
             if self._state is not None:
                 await self._state.aclose()
                 self._state = None
         if errors and kind is None:
             raise errors[0]
+
+    async def _close_groups(self, errors: list[SiloError], *, drain: bool) -> None:
+        """Close them all. A cancellation means haste: from there on nothing is stored, but all the rest is done."""
+        hurry: asyncio.CancelledError | None = None
+        groups = list(self.groups.values())
+        while groups:
+            try:
+                await self.close_group(groups[0], drain=drain and hurry is None)
+            except SiloError as failure:
+                errors.append(failure)
+            except asyncio.CancelledError as cancelled:
+                hurry = cancelled
+                continue
+            del groups[0]
+        if hurry is not None:
+            raise hurry
 
     async def _end_tasks(self) -> None:
         """All of them have been told to end. One that failed had cancelled us; its error is the one to raise."""
@@ -183,22 +210,21 @@ class Host:
         link: StoreLink | None = None
         try:
             link = await self._open_link(state, store, sync, fetch)
-            offer = await state.read_record(OFFER_RECORD)
-            handover = await state.read_record(HANDOVER_RECORD)
-            unfinished = offer is not None or handover is not None
-            head = None if unfinished else await claim_group(state, link, specs, force=host_is_dead)
-            group = Group(name, self.clock, is_open=not unfinished, copies=copies)
-            if unfinished:
+            left = await read_unfinished(state)
+            group = Group(name, self.clock, is_open=not left.is_undecided, copies=copies)
+            if left.is_undecided:
                 await reopen_volumes(group, state, link, specs)
             else:
+                arrived = left.handover is not None
+                head = await claim_group(state, link, specs, force=host_is_dead, arrived=arrived)
                 await open_volumes(group, state, link, head, specs)
             hosted = self._hosted(group, state, link, workload)
-            if handover is not None:
-                self._continue_arriving(hosted, handover)
-            elif offer is not None:
-                hosted.continue_leaving(offer)
-            else:
+            if not left.is_undecided:
                 await hosted.start()
+            if left.offer is not None:
+                hosted.continue_leaving(left.offer)
+            elif left.handover is not None:
+                self._continue_arriving(hosted, left.handover)
         except BaseException:
             if link is not None:
                 await link.close(drain=False)
@@ -212,7 +238,14 @@ class Host:
         """The groups that other hosts would move here, as they come. No deadline: waiting is what it is for."""
         reception = self._running_reception()
         async for offer in reception.offers():
-            yield Arrival(offer, self)
+            try:
+                check_group_name(offer.group)
+                for volume in offer.volumes:
+                    check_volume_name(volume.name)
+            except InvalidRequestError as error:
+                offer.refuse(error.message)  # its names may end up in paths here
+            else:
+                yield Arrival(offer, self)
 
     async def accept(
         self,
@@ -257,6 +290,10 @@ class Host:
         """After a restart: a migration to here was past its handover."""
         reception, site = self._running_reception(), self._running_site()
         hosted.arrive(lambda plugs: TargetMigration.restore(hosted.group, record, reception, site, plugs))
+
+    async def _holds_handover(self, group: str) -> bool:
+        """A group that is not open may have arrived all the same: its source must not be told otherwise."""
+        return await self._running_state().has_record(group, HANDOVER_RECORD)
 
     def _running_reception(self) -> Reception:
         return _running(self._reception)

@@ -7,6 +7,8 @@ can be asked of one group; the parts behind it know nothing of one another.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, cast
@@ -42,10 +44,14 @@ from silo.volume import Volume
 
 __all__ = ["HostedGroup"]
 
+logger = logging.getLogger(__name__)
+
 START_DELAY_MIN_S = 0.2
 START_DELAY_MAX_S = 10.0
 ARRIVAL_PATIENCE_S = 30.0
 """What closing gives a migration to here: a host that was told to stop is often about to vanish."""
+COURTESY_S = 2.0
+"""And to telling a source, which may be gone for ever, that it is not needed any more."""
 
 ABSENT = (Residency.ABSENT_STORE, Residency.ABSENT_PEER)
 
@@ -83,7 +89,8 @@ class HostedGroup:
         self._tasks = tasks
         self._on_closed = on_closed
         self._background: set[asyncio.Task[None]] = set()
-        self._closed = False
+        self._closing = asyncio.Lock()
+        self._forgets = False
         self._hydrating: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()
         self._trouble: SiloError | None = None
@@ -127,7 +134,7 @@ class HostedGroup:
     async def wait_running(self) -> None:
         """Return when the group runs here. `MigrationAborted` when it did not arrive, whatever else kept it away.
 
-        No deadline: for a group that arrives the source decides when.
+        `ClosedError` when it was closed before. No deadline: for a group that arrives the source decides when.
         """
         await self._settled.wait()
         if self._trouble is not None:
@@ -226,9 +233,10 @@ class HostedGroup:
 
     def arrive(self, begin: Callable[[Plugs], TargetMigration]) -> None:
         """Take part in a migration to here, which ``begin`` makes from what the group plugs in."""
-        self.phase = "arriving"
         self.arrival = log = EventLog(self.name, self._clock)
         self._migration = begin(self._plugs(Role.TARGET, log))
+        if not self._migration.is_evacuated:
+            self.phase = "arriving"
         self._arriving = self._spawn(self._take_in(self._migration, log))
 
     async def _take_in(self, migration: TargetMigration, log: EventLog) -> None:
@@ -241,6 +249,9 @@ class HostedGroup:
                 except MigrationAborted as error:
                     follow.cancel()
                     self._settle("not arrived", error)
+                except SiloError as error:
+                    # It is ours, and nothing is missing: a record is left, which the next start finds.
+                    logger.warning("group %s: its migration did not end in order: %s", self.name, error)
         finally:
             await log.end()
         if self.phase == "not arrived":
@@ -249,6 +260,8 @@ class HostedGroup:
 
     async def _follow(self, migration: TargetMigration) -> None:
         """Do for an arriving group what each of its steps allows."""
+        if self.phase == "running":
+            return  # evacuated before a restart: only its source has not heard of it
         await migration.wait_running()
         self._settle("running, not evacuated")
         await self._start_patiently("running, not evacuated")
@@ -262,7 +275,9 @@ class HostedGroup:
             try:
                 await remember_taken(self.group, self.state, self.link)
                 await self.start()
-            except UnavailableError as error:
+            except SiloError as error:
+                if not isinstance(error, UnavailableError):
+                    logger.warning("group %s is not kept in its store yet: %s", self.name, error)
                 self.hydrator.error = str(error)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, START_DELAY_MAX_S)
@@ -329,7 +344,10 @@ class HostedGroup:
         task = self._arriving
         if task is not None and self._migration is not None and task is not asyncio.current_task():
             self._migration.abort("the host was told to stop")
-            await asyncio.wait((task,), timeout=ARRIVAL_PATIENCE_S)
+            with contextlib.suppress(TimeoutError, MigrationAborted):
+                async with asyncio.timeout(ARRIVAL_PATIENCE_S):
+                    await self._migration.wait_evacuated()
+            await asyncio.wait((task,), timeout=COURTESY_S)
 
     async def close(self, *, drain: bool = True, forget: bool = False) -> None:
         """Stop serving; store what is not stored (unless told not to); make the rest durable here.
@@ -337,16 +355,20 @@ class HostedGroup:
         ``forget``: the group has moved away for good, so nothing is stored, and nothing is remembered of it.
 
         `UnavailableError` with the number of exposed bytes when the store could not be brought up to date;
-        everything is closed all the same, and the local disk has it. Twice is harmless.
+        everything is closed all the same, and the local disk has it. Twice is harmless; a call that was cancelled
+        leaves the rest to the next.
         """
+        self._forgets |= forget
         if drain and not forget:
             await self._finish_arriving()
-        if self._closed:
-            return
-        self._closed = True
-        # Between claim and evacuation nothing may be committed; what is here goes on after the next start.
-        drain = drain and self.phase == "running"
-        self.phase = "closing"
+        async with self._closing:
+            if self.phase != "closed":
+                # Between claim and evacuation nothing may be committed; what is here goes on after the next start.
+                drain = drain and self.phase == "running"
+                self.phase = "closing"
+                await self._close(drain=drain)
+
+    async def _close(self, *, drain: bool) -> None:
         errors: list[SiloError] = []
         for task in list(self._background):
             task.cancel()
@@ -354,10 +376,10 @@ class HostedGroup:
             await asyncio.wait(self._background)
         await self._exporter.remove(self.name)
         await self.group.gate.close_and_drain()
-        lost = forget or self.group.gate.error is not None
+        lost = self._forgets or self.group.gate.error is not None
         if self.link is not None:
             await _collect(errors, self.link.close(drain=drain and not lost))
-        if forget:
+        if self._forgets:
             await _collect(errors, self.state.forget(last=OFFER_RECORD))
         elif not lost:
             await _collect(errors, self.group.checkpoint())
@@ -365,6 +387,9 @@ class HostedGroup:
         await _collect(errors, self.group.aclose())
         await _collect(errors, self.state.aclose())
         self.phase = "closed"
+        self.hydrator.close()
+        if not self._settled.is_set():
+            self._settle("closed", ClosedError(f"group {self.name} was closed"))
         self._on_closed(self.name)
         if errors:
             raise errors[0]

@@ -17,7 +17,7 @@ import numpy as np
 
 from silo.abc import Clock
 from silo.chunkmap import RESIDENCY_MASK, Residency
-from silo.errors import CorruptionError, SiloError, UnavailableError
+from silo.errors import ClosedError, CorruptionError, SiloError
 from silo.group import Group
 from silo.volume import Volume
 
@@ -40,10 +40,19 @@ class Hydrator:
         self._clock = clock
         self._delay_s = DELAY_MIN_S
         self._done = asyncio.Event()
+        self._closed = False
 
     async def wait_done(self) -> None:
-        """Return when everything is here. No deadline: it takes as long as the store needs."""
+        """Return when everything is here; `ClosedError` when it will not be. No deadline: the store decides."""
         await self._done.wait()
+        if self._closed:
+            raise ClosedError(f"group {self._group.name} was closed before it was hydrated")
+
+    def close(self) -> None:
+        """Nobody runs it any more. Whoever waits learns of it."""
+        if not self._done.is_set():
+            self._closed = True
+            self._done.set()
 
     async def run(self) -> None:
         """Hydrate until nothing is absent in the store. Cancellation leaves chunks absent or filled, no third way."""
@@ -79,7 +88,7 @@ class Hydrator:
         async def one(chunk: int) -> None:
             try:
                 await volume.hydrate(chunk)
-            except (UnavailableError, CorruptionError) as error:
+            except SiloError as error:  # of the store, or of a disk that is full; guests hear of their own
                 failures.append(error)
 
         async with asyncio.TaskGroup() as tasks:
@@ -87,7 +96,7 @@ class Hydrator:
                 tasks.create_task(one(chunk))
         if failures:
             self.error = str(failures[0])
-            if any(isinstance(error, UnavailableError) for error in failures):
+            if any(not isinstance(error, CorruptionError) for error in failures):
                 await self._pause()
         else:
             self.error = ""

@@ -22,6 +22,13 @@ from silo.chunkmap import ChunkMap, Residency
 from silo.errors import FencedError, InvalidRequestError, InvariantError
 from silo.geometry import BLOCK_SIZE_DEFAULT, CHUNK_SIZE_DEFAULT, Geometry
 from silo.group import Group
+from silo.p2p.handover import Mark
+from silo.p2p.records import (
+    HANDOVER_RECORD,
+    OFFER_RECORD,
+    decode_handover_record,
+    decode_offer_record,
+)
 from silo.records import Identity, VolumeGeometry
 from silo.statedir import GroupState
 from silo.storelink import StoreLink, without_secrets
@@ -31,10 +38,12 @@ from silo.sync.register import Prepare
 from silo.volumestate import states_of_extents
 
 __all__ = [
+    "Unfinished",
     "VolumeSpec",
     "claim_group",
     "open_volumes",
     "preparation",
+    "read_unfinished",
     "remember",
     "remember_taken",
     "remember_volumes",
@@ -55,10 +64,44 @@ class VolumeSpec:
     """The device may hold something else, which gives way to what the store or a peer has."""
 
 
+@attrs.frozen
+class Unfinished:
+    """The records of migrations that an earlier process did not see the end of."""
+
+    offer: bytes | None = None
+    """Somebody else may own the group: only the arbiter knows."""
+    handover: bytes | None = None
+    is_undecided: bool = False
+    """The arbiter must be asked before the group is served here. Not when it was evacuated to here: then it is ours
+    as if it had never been elsewhere, and only its source may not know yet that it is not needed."""
+
+
+async def read_unfinished(state: GroupState) -> Unfinished:
+    """What is left of earlier migrations. A group that has left for good is forgotten first."""
+    offer = await state.read_record(OFFER_RECORD)
+    if offer is not None and decode_offer_record(offer).mark is Mark.RELEASED:
+        await state.forget(last=OFFER_RECORD)
+        return Unfinished()
+    handover = await state.read_record(HANDOVER_RECORD)
+    if offer is not None:
+        # A group leaves only when it was evacuated to here, so the offer is the later of the two.
+        return Unfinished(offer=offer, is_undecided=True)
+    if handover is None:
+        return Unfinished()
+    evacuated = decode_handover_record(handover).mark is Mark.EVACUATED
+    return Unfinished(handover=handover, is_undecided=not evacuated)
+
+
 async def claim_group(
-    state: GroupState, link: StoreLink | None, specs: Mapping[str, VolumeSpec], *, force: bool
+    state: GroupState,
+    link: StoreLink | None,
+    specs: Mapping[str, VolumeSpec],
+    *,
+    force: bool,
+    arrived: bool = False,
 ) -> Head | None:
-    """Become the owner, here and in the store. Returns the head, ``None`` without a store.
+    """Become the owner, here and in the store. Returns the head, ``None`` without a store. ``arrived``: everything
+    of it has come to this host, perhaps before the host wrote down that it is the owner.
 
     `FencedError` when another host owns the group, `InvalidRequestError` when it must not be opened here.
     """
@@ -69,7 +112,7 @@ async def claim_group(
             f"group {state.name} is kept in {identity.register}",
             hint="open it with that store; a new state directory and an empty disk start afresh with another one",
         )
-    if identity is not None and identity.epoch == 0:
+    if identity is not None and identity.epoch == 0 and not arrived:
         raise FencedError(
             f"group {state.name} began to arrive at this host and never did",
             hint="its source owns it; it can be moved here again",
@@ -82,17 +125,29 @@ async def claim_group(
         owners = [Owner(identity.epoch, identity.incarnation)]
     elif identity is not None:
         await _refuse_stored(state.name, link)
+    sizes = await _chunk_sizes(identity, link, specs)
     infos = [
-        VolumeInfo(name, spec.device.size, _chunk_size(spec, identity, name), BLOCK_SIZE_DEFAULT)
-        for name, spec in specs.items()
+        VolumeInfo(name, spec.device.size, sizes[name], BLOCK_SIZE_DEFAULT) for name, spec in specs.items()
     ]
-
     return await link.claim_opening(owners, infos, force=force)
 
 
 def _chunk_size(spec: VolumeSpec, identity: Identity | None, name: str) -> int:
     known = {volume.name: volume.chunk_size for volume in identity.volumes} if identity else {}
     return spec.chunk_size or known.get(name, CHUNK_SIZE_DEFAULT)
+
+
+async def _chunk_sizes(
+    identity: Identity | None, link: StoreLink, specs: Mapping[str, VolumeSpec]
+) -> dict[str, int]:
+    """As `_chunk_size`; of a volume that only the store knows, what the store says."""
+    known = {volume.name for volume in identity.volumes} if identity else set()
+    head = None if known.issuperset(specs) else await link.register.read()
+    stored = {volume.name: volume.chunk_size for volume in head.volumes} if head else {}
+    return {
+        name: spec.chunk_size or stored.get(name) or _chunk_size(spec, identity, name)
+        for name, spec in specs.items()
+    }
 
 
 async def _refuse_stored(name: str, link: StoreLink) -> None:
@@ -177,7 +232,8 @@ async def reopen_volumes(
     for name, geometry in known.items():
         opened = await state.open_volume(name, geometry, bytes(geometry.chunk_count))
         chunks = ChunkMap(opened.buffer, geometry.chunk_count)
-        group.add(name, specs[name].device, geometry, chunks=chunks, keeper=opened)
+        spec = specs[name]
+        group.add(name, spec.device, geometry, chunks=chunks, keeper=opened, read_only=spec.read_only)
     if link is not None:
         await link.look()
         link.attach(group)

@@ -80,6 +80,13 @@ class StateDir:
         """The names of all groups that have state here, open or not."""
         return await self._run(f"list {self.path}", _list_folder, self.path / "groups")
 
+    async def has_record(self, group: str, name: str) -> bool:
+        """Whether a group has such a record, open or not, by whomever."""
+        check_group_name(group)
+        check_record_name(name)
+        path = self.path / "groups" / group / "records" / name
+        return await self._run(f"look for the record {name} of {group}", path.exists)
+
     async def open_group(self, name: str) -> GroupState:
         """Open the state of a group, making it when there is none. Nobody else can until it is closed.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Never, Protocol
 
 from silo.abc import Connection, Listener
@@ -106,8 +106,12 @@ class IncomingOffer:
 class Reception:
     """See the module. `run` is its life; `listen` before it, so that the address is known."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(
+        self, site: Site, holds_record: Callable[[str], Awaitable[bool]] | None = None
+    ) -> None:
+        """``holds_record`` says whether the record of a handover of this group is on our disk, opened or not."""
         self._site = site
+        self._holds_record = holds_record
         self._listener: Listener | None = None
         self._sessions: dict[bytes, Session] = {}
         self._offers: dict[bytes, IncomingOffer] = {}
@@ -180,8 +184,14 @@ class Reception:
         elif session is not None:
             await session.serve(channel, hello)
         else:
-            message = f"nothing is known here of this migration of {hello.group}"
-            await channel.send(Refused(reason=Reason.UNKNOWN, host=self._site.host, message=message))
+            await self._deny(channel, hello)
+
+    async def _deny(self, channel: Channel, hello: Hello) -> None:
+        """Nobody serves this migration. While its group is not open, only our disk knows whether there is one."""
+        reason, message = Reason.UNKNOWN, f"nothing is known here of this migration of {hello.group}"
+        if self._holds_record is not None and await self._holds_record(hello.group):
+            reason, message = Reason.BUSY, f"group {hello.group} is not open here just now"
+        await channel.send(Refused(reason=reason, host=self._site.host, message=message))
 
     async def _receive_offer(self, channel: Channel, hello: Hello, session: Session | None) -> None:
         """A migration begins, or its source never heard that it was accepted and begins again."""
