@@ -60,14 +60,11 @@ class NbdConnection:
     async def run(self) -> None:
         """Serve the client until it or we end the connection; then nothing of it is left."""
         try:
-            async with asyncio.timeout(self._handshake_timeout_s):
-                agreed = await self._negotiate()
+            agreed = await self._negotiate()
             if agreed is not None:
                 await self._serve(agreed)
-        except TimeoutError:
-            logger.info("%s did not finish the handshake in time", self.peer)
         except (OSError, RemoteProtocolError) as error:
-            logger.info("%s: the handshake failed: %s", self.peer, error)
+            logger.info("%s: the connection ended: %s", self.peer, error)
         except Exception:
             logger.exception("%s: the connection was ended by an error of ours", self.peer)
         finally:
@@ -80,7 +77,15 @@ class NbdConnection:
         self._closed.set()
 
     async def _negotiate(self) -> Agreement | None:
-        """Shake hands; what the client has chosen, or ``None`` when it has left."""
+        """Shake hands; what the client has chosen, or ``None`` when it has left or took too long."""
+        try:
+            async with asyncio.timeout(self._handshake_timeout_s):
+                return await self._shake_hands()
+        except TimeoutError:
+            logger.info("%s did not finish the handshake in time", self.peer)
+            return None
+
+    async def _shake_hands(self) -> Agreement | None:
         handshake = self._handshake
         await self._stream.send(handshake.data_to_send())
         while data := await self._stream.receive():
@@ -119,7 +124,7 @@ class NbdConnection:
         finally:
             export.dismiss(self)
         if self._transmission.error is not None:
-            logger.info("%s: the connection broke: %s", self.peer, self._transmission.error)
+            raise self._transmission.error
 
     # ---- what the export and the server ask -------------------------------------------------------------
 

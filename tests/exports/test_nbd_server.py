@@ -140,6 +140,26 @@ async def test_an_error_of_ours_ends_one_connection_and_is_logged(expect_log: Ex
             assert await peer.read(0, 1) == b"\0"
 
 
+async def test_an_error_of_ours_at_once_ends_one_connection_too(expect_log: ExpectedLogs):
+    """On the synchronous path as well: a callback that raises would be called again for ever."""
+    expect_log("ended by an error of ours")
+    volume = memory()
+
+    def broken(offset: int, length: int) -> bytes:
+        raise ZeroDivisionError
+
+    async with serving(volume) as server, Peer(server) as good:
+        await good.go()
+        sound = volume.device.read_nowait
+        volume.device.read_nowait = broken
+        async with Peer(server) as peer:
+            await peer.go()
+            await peer.request(READ, 0, 1)
+            assert await peer.wait_closed() == b""
+        volume.device.read_nowait = sound
+        assert await good.read(0, 1) == b"\0"
+
+
 @pytest.mark.parametrize("said", [b"", b"\0\0\0\3", b"\0\0\0\3IHAVEOPT\0\0\0\7"])
 async def test_a_slow_handshake_is_ended(said: bytes):
     """Whoever has not chosen an export in time is closed, however far it got."""
