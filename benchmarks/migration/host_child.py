@@ -1,8 +1,9 @@
-"""One of the two hosts of a migration, as a process of its own. Told what to do on stdin, answers on stdout, in JSON lines.
+"""One of the two hosts of a migration, as a process of its own. It is told what to do on stdin, and answers on stdout, in
+JSON lines.
 
-Source: prepares the disk and says ``ready``; at ``migrate`` moves it to the URL that it is given, says ``evacuated`` and then,
-when the migration has ended, ``report``. Target: says where it listens, accepts one group, says ``evacuated`` and ``hydrated``,
-and at ``verify`` compares every byte with what must be there. Both live until stdin ends, so that their CPU time can be read.
+Source: prepares the disk and says ``ready``; told the URL of the other, it moves the disk there, says ``evacuated`` and,
+when the migration has ended, ``report``. Target: says where it listens, accepts one group, says ``hydrated``, and
+compares every byte with what must be there. Both live until stdin ends, so that their CPU time can be read.
 """
 
 from __future__ import annotations

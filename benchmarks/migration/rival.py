@@ -1,7 +1,7 @@
 """What moves a disk without us: nbdcopy from one nbdkit memory server to another, over loopback TCP.
 
-nbdcopy verifies nothing, and copies a disk that nobody writes to. It uses its own defaults: as many connections, threads and
-requests in flight as its authors chose.
+nbdcopy verifies nothing, and copies a disk that nobody writes to. It uses its own defaults: as many connections,
+threads and requests in flight as its authors chose.
 """
 
 from __future__ import annotations

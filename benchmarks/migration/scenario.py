@@ -1,7 +1,7 @@
 """What is migrated, as both processes and the report know it. Values and the content of disks only.
 
-The content is a function of the seed, so the target can verify every byte without having seen the source. Used blocks are
-spread evenly over the disk, each 1 MiB long and incompressible.
+The content is a function of the seed, so the target can verify every byte without having seen the source. Used
+blocks are spread evenly over the disk, each 1 MiB long and incompressible.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Storing a disk: our syncer beside the bare store client that it uses."""
