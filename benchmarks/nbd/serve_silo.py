@@ -20,7 +20,7 @@ from silo.clock import SystemClock
 from silo.devices.file import FileDevice
 from silo.devices.memory import MemoryDevice
 from silo.errors import UnavailableError
-from silo.exports.nbd_exports import CONNECTIONS_MAX, SETTLE_TIMEOUT_S, NbdExport, NbdExports
+from silo.exports.nbd_exports import CONNECTIONS_MAX, NbdExport, NbdExports
 from silo.exports.nbd_server import NbdServer
 from silo.gate import Gate
 from silo.geometry import CHUNK_SIZE_DEFAULT, Geometry
@@ -55,7 +55,6 @@ def main() -> None:
     parser.add_argument("--chunk-size", metavar="SIZE", default=str(CHUNK_SIZE_DEFAULT))
     parser.add_argument("--block-size", metavar="SIZE", default="1", help="smallest unit of requests (1)")
     parser.add_argument("--connections-max", metavar="COUNT", type=int, default=CONNECTIONS_MAX)
-    parser.add_argument("--settle-timeout-s", metavar="SECONDS", type=float, default=SETTLE_TIMEOUT_S)
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--no-maps", action="store_true", help="bypass the maps, to measure what they cost")
     options = parser.parse_args()
@@ -80,7 +79,6 @@ async def _serve(options: argparse.Namespace) -> None:
                 description="a disk of Silo's",
                 block_size=parse_size(options.block_size),
                 connections_max=options.connections_max,
-                settle_timeout_s=options.settle_timeout_s,
             )
         )
         async with asyncio.TaskGroup() as tasks:

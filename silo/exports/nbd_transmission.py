@@ -10,6 +10,10 @@ not taken, a payload that is half received. Beyond the connection's own limit or
 nothing more is read from the socket, so a client that floods or does not listen stops itself. A connection
 that holds nothing may always have one request, whatever its size, so that nobody starves.
 
+**Settling** (`Transmission.settle`) is for the sake of connections that come later: they wait until the changes
+that have arrived here are over. A client that does not listen must not hold *them* up. So those changes are carried
+out whatever room there is, and the requests between them are put aside.
+
 **Ending.** On ``DISC`` or when the client closes its side: what is in flight finishes, replies leave, the
 connection closes. When the connection breaks or the client sends nonsense: what is in flight is cancelled,
 and cancelled operations change nothing afterwards. `drain`: what is in flight finishes, whatever comes later is
@@ -28,7 +32,7 @@ import attrs
 from silo.abc import Buffer
 from silo.errors import ClosedError, RemoteProtocolError
 from silo.exports.nbd_service import NbdService
-from silo.exports.nbd_session import Request, RequestParser
+from silo.exports.nbd_session import REQUEST_COST, Request, RequestParser
 from silo.exports.nbd_stream import Stream
 from silo.exports.nbd_wire import Command
 
@@ -38,6 +42,8 @@ _BATCH_MAX: Final = 1 << 20
 """Bytes of replies that are put together before they are sent."""
 _ROUNDS_MAX: Final = 8
 """How often one connection may receive before others get their turn, when there is always more."""
+_ASIDE_MAX: Final = 16 * 1024
+"""Requests that may be put aside; a client that has sent more without listening is not waited for."""
 _CHANGES: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
 _SHUTTING_DOWN: Final = ClosedError("the server is shutting down")
 
@@ -101,6 +107,8 @@ class Transmission:
         self._flight: dict[asyncio.Task[None], Request] = {}
         self._waiting: deque[Request] = deque()
         """Misses that will be tasks when others have ended; no requests are taken meanwhile."""
+        self._aside: deque[Request] = deque()
+        """What was found between changes while settling; served before anything that comes later."""
         self._flight_bytes = 0
         """What requests in flight and waiting ones hold."""
         self._charged = 0
@@ -109,7 +117,6 @@ class Transmission:
         self._input_ended = False
         self._draining = False
         self._finished = asyncio.Event()
-        self._progress = asyncio.Event()
         self.error: Exception | None = None
         """Why the connection ended, unless it ended well."""
 
@@ -126,7 +133,6 @@ class Transmission:
                     for task in self._flight:
                         task.cancel()
         finally:
-            self._progress.set()
             self._stream.close()
             self._budget.forget(self._go_on)
             self._budget.charge(-self._charged)
@@ -138,7 +144,6 @@ class Transmission:
             self.error = error
             self._stream.pause()
             self._finished.set()
-            self._progress.set()
 
     def drain(self) -> None:
         """Finish what is in flight, answer everything later with ESHUTDOWN, and close."""
@@ -146,38 +151,57 @@ class Transmission:
         self._on_readable()
 
     async def settle(self) -> None:
-        """Serve the bytes that have arrived by now, and return when the changes that they ask for have ended.
+        """Carry out the changes that have arrived by now, and return when they have ended.
 
         Afterwards nothing that the client sent before this call can change the volume. The caller sets a
         deadline; a cancelled call leaves nothing behind.
         """
         unread = 0 if self._finished.is_set() else self._stream.unread()
-        while not (self._finished.is_set() or self._input_ended) and (unread > 0 or self._starved):
-            if self._starved:
-                self._progress.clear()
-                await self._progress.wait()
-                continue
+        while self._take_changes() and unread > 0 and not self._input_ended:
             count = self._receive()
             if count <= 0:
                 break
             unread -= count
-            self._advance()
-        changing = [task for task, request in self._flight.items() if request[0] in _CHANGES]
-        if changing:
-            await asyncio.wait(changing)
+        self._advance()
+        begun = [request for request in self._pending if request[0] in _CHANGES]
+        awaited = {id(request) for request in begun}
+        while awaited & {id(request) for request in self._pending}:
+            running = [task for task, request in self._flight.items() if id(request) in awaited]
+            await asyncio.wait(running or self._flight, return_when=asyncio.FIRST_COMPLETED)
+
+    @property
+    def _pending(self) -> list[Request]:
+        """What has been begun, and what will be when there is a place in flight."""
+        waiting = () if self._finished.is_set() else self._waiting
+        return [*self._flight.values(), *waiting]
+
+    def _take_changes(self) -> bool:
+        """Carry out all changes that have been received, and put the rest aside. False when the connection ended."""
+        try:
+            while not (self._draining or self._finished.is_set()):
+                requests = self._parser.next_batch(_BATCH_MAX)
+                if not requests:
+                    return True
+                self._aside += [self._detached(request) for request in requests if request[0] not in _CHANGES]
+                self._serve_batch([request for request in requests if request[0] in _CHANGES])
+                if len(self._aside) > _ASIDE_MAX:
+                    raise RemoteProtocolError(f"{_ASIDE_MAX} requests of a client that does not listen")
+        except Exception as error:  # as in `_advance`
+            self.abort(error)
+        return False
 
     # ---- callbacks of the loop --------------------------------------------------------------------------
 
     def _on_readable(self) -> None:
         for _ in range(_ROUNDS_MAX):
-            received = self._receive()
+            received = 0 if self._starved else self._receive()
             served = self._advance()
             if received <= 0 or not (served > 1 or self._parser.expects_large):
                 break
 
     def _receive(self) -> int:
         """Receive once; how many bytes came. Notices when there will be no more."""
-        if self._input_ended or self._starved or self._finished.is_set():
+        if self._input_ended or self._finished.is_set():
             return 0
         try:
             count = self._stream.receive_into(self._parser.get_buffer())
@@ -222,8 +246,6 @@ class Transmission:
             self._stream.pause()
         else:
             self._stream.resume()
-        if not self._starved:
-            self._progress.set()
         return served
 
     def _take_requests(self) -> int:
@@ -234,21 +256,36 @@ class Transmission:
             self._starved = room <= 0
             if self._starved:
                 return served
-            requests = self._parser.next_batch(min(room, _BATCH_MAX))
+            requests = self._next_batch(min(room, _BATCH_MAX))
             served += len(requests)
             if not requests:
                 return served
-            out: list[Buffer] = []
-            if self._draining:
-                out += [self._service.refuse(request, _SHUTTING_DOWN) for request in requests]
-            else:
-                misses = self._service.serve_nowait(requests, out)
-                if misses:
-                    self._start(misses)
-            if out:
-                self._stream.post(out)
-            if self._parser.is_empty and not self._stream.queued:
+            self._serve_batch(requests)
+            if self._parser.is_empty and not (self._aside or self._stream.queued):
                 return served
+
+    def _next_batch(self, budget: int) -> list[Request]:
+        """The next requests, those that were put aside first."""
+        if not self._aside:
+            return self._parser.next_batch(budget)
+        requests: list[Request] = []
+        while self._aside and budget > 0:
+            request = self._aside.popleft()
+            budget -= REQUEST_COST + _cost(request)
+            requests.append(request)
+        return requests
+
+    def _serve_batch(self, requests: list[Request]) -> None:
+        """Carry out what can be carried out now, begin the rest, and send the replies."""
+        out: list[Buffer] = []
+        if self._draining:
+            out += [self._service.refuse(request, _SHUTTING_DOWN) for request in requests]
+        else:
+            misses = self._service.serve_nowait(requests, out)
+            if misses:
+                self._start(misses)
+        if out:
+            self._stream.post(out)
 
     def _room(self) -> int:
         """Bytes that the next requests may ask for; 0 or less when they must wait."""
@@ -264,9 +301,7 @@ class Transmission:
     # ---- requests that wait -----------------------------------------------------------------------------
 
     def _start(self, misses: list[Request]) -> None:
-        for request in misses:
-            if request[5] is not None:
-                request = (*request[:5], self._parser.detach(request[5]))
+        for request in map(self._detached, misses):
             self._flight_bytes += _cost(request)
             self._waiting.append(request)
         while self._waiting and len(self._flight) < self._limits.requests_in_flight:
@@ -274,6 +309,10 @@ class Transmission:
             task = self._tasks.create_task(self._serve(request))
             task.add_done_callback(self._forget)
             self._flight[task] = request
+
+    def _detached(self, request: Request) -> Request:
+        """The same request, with a payload that stays."""
+        return request if request[5] is None else (*request[:5], self._parser.detach(request[5]))
 
     async def _serve(self, request: Request) -> None:
         parts = await self._service.serve(request)

@@ -9,12 +9,13 @@ import pytest
 
 from silo.chunkmap import Residency
 from silo.devices.memory import MemoryDevice
+from silo.exports import nbd_transmission
 from silo.exports.nbd_replies import replies_for
 from silo.exports.nbd_service import NbdService
 from silo.exports.nbd_session import HeaderStyle, RequestParser
 from silo.exports.nbd_stream import Stream
 from silo.exports.nbd_transmission import PayloadBudget, Transmission, TransmissionLimits
-from silo.exports.nbd_wire import Command, CommandFlag, NbdError
+from silo.exports.nbd_wire import SIMPLE_REPLY, Command, CommandFlag, NbdError
 from silo.volume import Volume
 from tests.support.held import HeldDevice
 from tests.support.nbd_peer import Peer, condition
@@ -329,6 +330,64 @@ async def test_settling_waits_for_room_too():
             held.release()
         await settled
     assert [offset for _, offset in device.log] == [0, CHUNK, 2 * CHUNK]
+
+
+async def test_settling_does_not_wait_for_a_client_that_does_not_listen():
+    """Its changes are carried out in spite of its unread replies; what it asked besides is answered when it listens."""
+    volume = memory(4 * MIB)
+    volume.write_nowait(0, b"r" * 4 * MIB)
+    running = Running(volume)
+    async with running as peer:
+        for cookie in range(4):
+            await peer.request(READ, 0, MIB, cookie=cookie)
+        await condition(lambda: running.transmission._starved)
+        for cookie in range(4, 8):
+            await peer.request(WRITE, cookie * CHUNK, payload=b"w" * CHUNK, cookie=cookie)
+            await peer.request(READ, 2 * MIB, 512, cookie=cookie + 4)
+        await running.transmission.settle()
+        assert bytes(volume.read_nowait(4 * CHUNK, 4 * CHUNK)) == b"w" * 4 * CHUNK
+        lengths = {**dict.fromkeys(range(4), MIB), **dict.fromkeys(range(8, 12), 512)}
+        answered = []
+        for _ in range(12):
+            _, code, cookie = SIMPLE_REPLY.unpack(await peer.receive(SIMPLE_REPLY.size))
+            assert code == 0
+            await peer.receive(lengths.get(cookie, 0))
+            answered.append(cookie)
+        assert sorted(answered) == list(range(12))
+        await peer.request(READ, 0, 512, cookie=12)
+        assert await peer.reply(512) == (12, 0, b"r" * 512)
+
+
+async def test_settling_waits_for_changes_that_have_no_place_in_flight_yet():
+    """A write behind a read that takes the only place is over before the call returns."""
+    device = HeldDevice(16 * CHUNK, slow="read write", hold="read")
+    _, volume = make_volume(device)
+    running = Running(volume, requests_in_flight=1)
+    async with running as peer, asyncio.TaskGroup() as tasks:
+        await peer.request(READ, 0, CHUNK)
+        held = await device.next("read")
+        await peer.request(WRITE, CHUNK, payload=b"w" * CHUNK)
+        settled = tasks.create_task(running.transmission.settle())
+        await condition(lambda: running.transmission._waiting)
+        assert not settled.done()
+        held.release()
+        await settled
+        assert device.log == [("read", 0), ("write", CHUNK)]
+
+
+async def test_settling_gives_up_on_a_flood(monkeypatch: pytest.MonkeyPatch):
+    """What can be put aside is bounded: the connection ends, and nothing of it can happen any more."""
+    monkeypatch.setattr(nbd_transmission, "_ASIDE_MAX", 10)
+    volume = memory(4 * MIB)
+    running = Running(volume)
+    async with running as peer:
+        for cookie in range(4):
+            await peer.request(READ, 0, MIB, cookie=cookie)
+        await condition(lambda: running.transmission._starved)
+        for cookie in range(4, 20):
+            await peer.request(READ, 0, 512, cookie=cookie)
+        await running.transmission.settle()
+    assert "does not listen" in str(running.transmission.error)
 
 
 async def test_settling_an_ended_connection_returns():

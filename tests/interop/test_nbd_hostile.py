@@ -133,11 +133,8 @@ def test_clients_that_say_nothing_stand_in_nobodys_way(served: NbdServerProcess)
 
 
 def test_a_client_that_does_not_listen_stops_itself_only(start_server: StartServer) -> None:
-    """It asks for gigabytes and reads none of them: the server's memory stays bounded, others are served.
-
-    A newcomer waits for what the deaf ones have asked before it, but not longer than it is told to.
-    """
-    server = start_server("--memory", str(EXPORT_SIZE), "--settle-timeout-s", "0.5")
+    """It asks for gigabytes and reads none of them: the server's memory stays bounded, others are served."""
+    server = start_server("--memory", str(EXPORT_SIZE))
     with server.raw() as client:
         client.go()
         for offset in range(0, EXPORT_SIZE, MIB):
