@@ -1,8 +1,8 @@
-"""One of the two hosts of a migration, as a process of its own. It is told what to do on stdin, and answers on stdout, in
-JSON lines.
+"""One of the two hosts of a migration, as a process of its own. It takes commands from stdin and answers on stdout,
+in JSON lines.
 
-Source: prepares the disk and says ``ready``; told the URL of the other, it moves the disk there, says ``evacuated`` and,
-when the migration has ended, ``report``. Target: says where it listens, accepts one group, says ``hydrated``, and
+Source: prepares the disk and says ``ready``; told the URL of the other, it moves the disk there, says ``evacuated``
+and, when the migration has ended, ``report``. Target: says where it listens, accepts one group, says ``hydrated``, and
 compares every byte with what must be there. Both live until stdin ends, so that their CPU time can be read.
 """
 

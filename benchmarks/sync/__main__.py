@@ -1,4 +1,4 @@
-"""``python -m benchmarks.sync``: how fast a disk is stored, beside the bare store client, and what a steady cut PUTs."""
+"""``python -m benchmarks.sync``: how fast a disk is stored, beside the bare store client; what a steady cut PUTs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The measurements: a whole disk to the store, and steady cuts. Both on a store in a directory, with its fsyncs.
 
-Ours is everything that `HostedGroup.sync_now` does: cut, read, hash, compress (which finds the content incompressible),
-pack, PUT, and the commit in the register. The bare client PUTs the same bytes as objects of the size of a segment, as many
-at once as the syncer's window allows, and does nothing else. The store is a `FileStore` for both: in this process, so the
-CPU time is that of the process.
+Ours is everything that `HostedGroup.sync_now` does: cut, read, hash, compress (which finds the content
+incompressible), pack, PUT, and the commit in the register. The bare client PUTs the same bytes as objects of the
+size of a segment, as many at once as the syncer's window allows, and does nothing else. The store is a `FileStore`
+in this process for both, so the CPU time is that of the process.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from silo.clock import SystemClock
 from silo.sync.file_store import FileStore
 
 __all__ = ["CHUNK", "CountingStore", "cut_once", "put_bare", "sync_whole"]
+
+T = TypeVar("T")
 
 CHUNK = 64 << 10
 MIB = 1 << 20
@@ -59,7 +62,7 @@ class CountingStore(FileStore):
 class Timed:
     """Wall and CPU time of a block."""
 
-    def __enter__(self) -> Timed:
+    def __enter__(self) -> Self:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         return self
 
@@ -91,7 +94,9 @@ def cut_once(size: int, dirty_chunks: int, cuts: int, seed: int, parent: Path | 
     return asyncio.run(_in_directory(measure, size, seed, parent))
 
 
-async def _in_directory(measure, size: int, seed: int, parent: Path | None):
+async def _in_directory(
+    measure: Callable[[Path, int, int], Awaitable[T]], size: int, seed: int, parent: Path | None
+) -> T:
     directory = Path(tempfile.mkdtemp(prefix="silo-bench-", dir=parent))
     try:
         return await measure(directory, size, seed)
