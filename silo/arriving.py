@@ -172,5 +172,6 @@ async def _refuse_ours(identity: Identity, state: GroupState, link: StoreLink) -
     head = await link.register.read()
     if head is not None and owner_of(head) == Owner(identity.epoch, identity.incarnation):
         raise InvalidRequestError(
-            f"group {state.name} belongs to this host and to no other", hint="open it here to store what it has"
+            f"group {state.name} belongs to this host and to no other",
+            hint="open it here to store what it has",
         )

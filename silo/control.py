@@ -26,7 +26,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 import attrs
 import msgspec
@@ -167,9 +167,13 @@ class ControlServer:
             raise InvalidRequestError(f"the daemon does not know {request.verb!r}")
         try:
             inspect.signature(verb).bind(**request.args)
-        except TypeError as error:
+            hints = get_type_hints(verb if inspect.isroutine(verb) else type(verb).__call__)
+            args = {
+                name: msgspec.convert(value, hints.get(name, Any)) for name, value in request.args.items()
+            }
+        except (TypeError, msgspec.ValidationError) as error:
             raise InvalidRequestError(f"{request.verb}: {error}") from error
-        return verb(**request.args)
+        return verb(**args)
 
 
 async def _send(writer: asyncio.StreamWriter, line: Mapping[str, Any]) -> None:

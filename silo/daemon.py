@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from silo.control import ControlServer, Result
 from silo.devices.file import FileDevice
 from silo.devices.overlay_open import open_overlay
 from silo.errors import FencedError, InvalidRequestError, SiloError
+from silo.files import lock_exclusive, os_error
 from silo.hooks.command import CommandWorkload
 from silo.host import Host
 from silo.hosted import HostedGroup
@@ -112,7 +113,9 @@ class _Daemon:
         """A group that arrived here earlier, and is in no configuration: its disks are where arrivals are put."""
         shapes = await self._host.known_volumes(name)
         paths = {volume: self._incoming(name, volume) for volume in shapes}
-        if not shapes or not all(path.exists() for path in paths.values()):
+        if missing := [str(path) for path in paths.values() if not path.exists()]:
+            logger.warning("group %s is not opened: %s is not there", name, ", ".join(missing))
+        if missing or not shapes:
             return
         try:
             hosted = await self._host.open_group(
@@ -143,13 +146,9 @@ class _Daemon:
         if not self._config.incoming.accept:
             offer.refuse("this host accepts no groups")
             return
-        devices: dict[str, BlockDevice] = {}
         try:
-            for name, geometry in offer.volumes.items():
-                devices[name] = _fresh_device(self._incoming(offer.group, name), geometry.size)
+            devices = await self._devices_for(offer)
         except SiloError as error:
-            for device in devices.values():
-                await device.aclose()
             offer.refuse(f"no room for its disks: {error.message}")
             raise
         urls = self._config.listen_urls(offer.group)
@@ -157,13 +156,30 @@ class _Daemon:
             devices,
             store=self._config.store or None,
             sync=self._sync_settings(),
-            workload=self._workload(None),
+            workload=self._workload(self._config.groups.get(offer.group)),
             export=urls[0] if urls else None,
         )
         for url in urls[1:]:
             await self._host.export(hosted, url)
         text = f"{offer.group} is arriving from {offer.peer}"
         self._say({"event": "arriving", "group": offer.group, "peer": offer.peer}, text)
+
+    async def _devices_for(self, offer: Arrival) -> Mapping[str, BlockDevice | VolumeSpec]:
+        """The disks that the configuration has for the group, because the next start will look for it there; else new
+        ones among the arrivals."""
+        known = await self._host.known_volumes(offer.group)
+        if (settings := self._config.groups.get(offer.group)) is not None:
+            return await _specs(offer.group, settings)
+        devices: dict[str, BlockDevice] = {}
+        try:
+            for name, geometry in offer.volumes.items():
+                path = self._incoming(offer.group, name)
+                devices[name] = _fresh_device(path, geometry.size, may_replace=not known)
+        except BaseException:
+            for device in devices.values():
+                await device.aclose()
+            raise
+        return devices
 
     async def export(self, hosted: HostedGroup) -> None:
         for url in self._config.listen_urls(hosted.name):
@@ -260,9 +276,15 @@ async def _specs(group: str, settings: GroupConfig) -> dict[str, VolumeSpec]:
     return specs
 
 
-def _fresh_device(path: Path, size: int) -> FileDevice:
-    """The disk of a group that arrives. What an earlier stay left there gives way; its size may be another."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.stat().st_size != size:
-        path.unlink()
+def _fresh_device(path: Path, size: int, *, may_replace: bool) -> FileDevice:
+    """The disk of a group that arrives. What an earlier stay left there gives way. One of another size is replaced if
+    nothing is known any more of what is on it, and nobody uses it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if may_replace and path.exists() and path.stat().st_size not in (0, size):
+            with path.open("rb") as left:
+                lock_exclusive(left.fileno(), str(path))
+                path.unlink()
+    except OSError as error:
+        raise os_error(error, f"make {path}") from error
     return FileDevice(path, size)

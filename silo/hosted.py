@@ -216,16 +216,16 @@ class HostedGroup:
         self.phase = "moving away"
         try:
             report = await migration.run()
-        except MigrationAborted:
-            await self._start_patiently()
-            raise
         except asyncio.CancelledError:
             # Undone when that was possible; else it goes on after the next start of the host.
             if migration.state is SourceState.ABORTED:
                 self.phase = "running"
             raise
-        except FencedError as error:
-            self._settle("fenced", error)
+        except SiloError as error:
+            if migration.state is SourceState.ABORTED:
+                await self._start_patiently()
+            else:
+                self._settle("fenced" if isinstance(error, FencedError) else "in doubt", error)
             raise
         self._settle("moved away", MigrationAborted(f"group {self.name} has moved to another host"))
         await self.close(forget=True)

@@ -117,6 +117,7 @@ class Move:
         self._ended = asyncio.Event()
         self._report: MigrationReport | None = None
         self._error: SiloError | None = None
+        self._is_undone = False
 
     def begin(self) -> None:
         """Start the migration. Once."""
@@ -160,7 +161,8 @@ class Move:
     def abort(self, reason: str) -> None:
         """End the migration if the guest was not stopped yet; harmless later. Returns at once, see `wait_ended`."""
         self._log.object(MigrationAborted(reason))
-        if self._task is not None and self._log.phase in UNDOABLE:
+        if self._task is not None and self._log.phase in UNDOABLE and not self._is_undone:
+            self._is_undone = True  # a second cancellation would stop what undoes it
             self._task.cancel()
 
     async def leave(self, *, wait: bool) -> None:

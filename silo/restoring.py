@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,16 @@ async def restore_volume(store: str, group: str, volume: str, to: Path, progress
             if info is None:
                 names = ", ".join(known.name for known in head.volumes)
                 raise InvalidRequestError(f"group {group} has no volume {volume}", hint=f"it has {names}")
-            device = FileDevice(to, info.size)
             try:
-                await restore_onto(manifest, reader, volume, device, progress=progress)
+                device = FileDevice(to, info.size)
+                try:
+                    await restore_onto(manifest, reader, volume, device, progress=progress)
+                finally:
+                    await device.aclose()
             except BaseException:
                 if made:
-                    await run_to_completion(None, os.unlink, to)
+                    await run_to_completion(None, lambda: to.unlink(missing_ok=True))
                 raise
-            finally:
-                await device.aclose()
         finally:
             manifest.close()
     finally:

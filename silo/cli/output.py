@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.text import Text
 
 from silo.errors import SiloError
 
@@ -27,6 +28,6 @@ def print_error(error: SiloError) -> None:
     if "--json" in sys.argv:
         print_json({"error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint}})
         return
-    _errors.print(f"[red]error:[/] {error.message}", markup=True, soft_wrap=True)
+    _errors.print(Text.assemble(("error:", "red"), f" {error.message}"), soft_wrap=True)
     if error.hint:
         _errors.print(f"       {error.hint}", markup=False, soft_wrap=True)
