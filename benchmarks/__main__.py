@@ -38,7 +38,7 @@ class Program:
 
 PROGRAMS: Mapping[str, Program] = {
     "nbd": Program("benchmarks.nbd", ("--quick", "--no-tracking"), ("--media", "memory")),
-    "migration": Program("benchmarks.migration", (), ("--quick",)),
+    "migration": Program("benchmarks.migration", ("--rounds", "5"), ("--rounds", "2", "--quick")),
     "sync": Program("benchmarks.sync", (), ("--quick",)),
 }
 NAMES = ("nbd", "tracking", "migration", "sync")

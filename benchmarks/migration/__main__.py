@@ -34,14 +34,20 @@ def main() -> int:
         console.print(f"missing: {', '.join(missing)} (Debian: apt-get install nbdkit libnbd-bin)")
         return 1
     machine = describe_machine(TOOLS)
-    measured = _measure(options)
-    loads = f"{machine.load[0]:.1f} → {os.getloadavg()[0]:.1f}"
     console.print(
-        f"{machine.cores} × {machine.cpu}, {machine.memory_gib} GiB, Linux {machine.kernel}, Python {machine.python}; "
-        f"{', '.join(machine.tools.values())}. Load average {loads}. Median, with minimum and maximum in brackets."
+        f"{machine.cores} × {machine.cpu}, {machine.memory_gib} GiB, Linux {machine.kernel}, "
+        f"Python {machine.python}; {', '.join(machine.tools.values())}. Median, with minimum and maximum in brackets."
     )
-    for table in tables(measured):
-        print_table(table, console)
+    measured = Measured()
+    for (
+        part
+    ) in options.parts:  # each is shown when it is there, so that a run that is stopped was not for nothing
+        load = os.getloadavg()[0]
+        found = _measure(part, options)
+        for table in tables(found):
+            print_table(table, console)
+        console.print(f"Load average {load:.1f} → {os.getloadavg()[0]:.1f}.\n")
+        measured = measured.joined(found)
     if options.json:
         document = {"machine": attrs.asdict(machine), **attrs.asdict(measured)}
         Path(options.json).write_text(json.dumps(document, indent=1) + "\n")
@@ -65,25 +71,28 @@ def _parse() -> argparse.Namespace:
     return options
 
 
-def _measure(options: argparse.Namespace) -> Measured:
+def _measure(part: str, options: argparse.Namespace) -> Measured:
     rounds, disk = options.rounds, options.disk
-    whole, moving = bulk(options.size), moved()
-    sparse = {name: evacuation(large=name == "large", quick=options.quick) for name in ("small", "large")}
+    if part == "bulk":
+        whole = bulk(options.size)
 
-    def one_bulk(name: str, _round: int) -> Sample:
-        return migrate_once(whole, disk) if name == "silo" else copy_once(whole)
+        def one_bulk(name: str, _round: int) -> Sample:
+            return migrate_once(whole, disk) if name == "silo" else copy_once(whole)
+
+        return Measured(bulk=take_turns(("silo", "nbdcopy"), rounds, one_bulk))
+    if part == "downtime":
+        return Measured(downtime=[migrate_once(downtime(), disk) for _ in range(rounds + 2)])
+    if part == "moved":
+        scenario = moved()
+        return Measured(
+            moved=[migrate_once(scenario, disk) for _ in range(min(rounds, 3))], moved_scenario=scenario
+        )
+    sparse = {name: evacuation(large=name == "large", quick=options.quick) for name in ("small", "large")}
 
     def one_evacuation(name: str, _round: int) -> Sample:
         return migrate_once(sparse[name], disk)
 
-    parts = options.parts
-    return Measured(
-        bulk=take_turns(("silo", "nbdcopy"), rounds, one_bulk) if "bulk" in parts else {},
-        downtime=[migrate_once(downtime(), disk) for _ in range(rounds + 2)] if "downtime" in parts else (),
-        moved=[migrate_once(moving, disk) for _ in range(min(rounds, 3))] if "moved" in parts else (),
-        moved_scenario=moving,
-        evacuation=take_turns(tuple(sparse), rounds, one_evacuation) if "evacuation" in parts else {},
-    )
+    return Measured(evacuation=take_turns(tuple(sparse), rounds, one_evacuation))
 
 
 if __name__ == "__main__":

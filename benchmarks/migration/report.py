@@ -25,6 +25,11 @@ class Measured:
     evacuation: Mapping[str, Sequence[Sample]] = attrs.field(factory=dict)
     """``small`` and ``large``."""
 
+    def joined(self, other: Measured) -> Measured:
+        """This, with the parts that the other one has."""
+        there = {name: value for name, value in attrs.asdict(other, recurse=False).items() if value}
+        return attrs.evolve(self, **there)
+
 
 def tables(measured: Measured) -> list[Table]:
     """One table per part."""

@@ -129,3 +129,12 @@ def test_two_hosts_move_a_disk_and_it_is_verified(tmp_path: Path) -> None:
     assert sample["bytes_peer"] + sample["bytes_store"] >= scenario.used
     assert moved_ratio(sample, scenario) <= 1.1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_are_joined() -> None:
+    """Whatever order they were measured in; a part that is not there replaces nothing."""
+    bulk_part = Measured(bulk={"silo": [{"mb_s": 1.0}]})
+    downtime_part = Measured(downtime=[{"downtime_ms": 1.0}])
+    joined = bulk_part.joined(downtime_part)
+    assert joined == downtime_part.joined(bulk_part)
+    assert (joined.bulk, joined.downtime) == (bulk_part.bulk, downtime_part.downtime)
