@@ -29,7 +29,7 @@ RINGS: dict[int, str] = {
 
 ROOMS: dict[str, str] = {
     "devices": "",
-    "exports": """nbd_chunks nbd_client_handshake nbd_client_replies nbd_client_request nbd_client_session
+    "exports": """nbd_catalog nbd_chunks nbd_client_handshake nbd_client_replies nbd_client_request nbd_client_session
         nbd_handshake nbd_options nbd_replies nbd_session nbd_uri nbd_wire""",
     "sync": """claim codec head layout mappage nametable planner runs s3_errors s3_location segment settings
         status store_faults store_keys""",

@@ -11,9 +11,9 @@ import asyncio
 import logging
 
 from silo.errors import RemoteProtocolError
+from silo.exports.nbd_catalog import TlsPolicy
 from silo.exports.nbd_exports import NbdExports
-from silo.exports.nbd_handshake import Finished, Handshake, StartTls, TlsPolicy
-from silo.exports.nbd_handshake import Transmission as Agreement
+from silo.exports.nbd_handshake import Agreed, Finished, Handshake, StartTls
 from silo.exports.nbd_replies import replies_for
 from silo.exports.nbd_service import NbdService
 from silo.exports.nbd_session import RequestParser
@@ -76,7 +76,7 @@ class NbdConnection:
         self._admitted.set()
         self._closed.set()
 
-    async def _negotiate(self) -> Agreement | None:
+    async def _negotiate(self) -> Agreed | None:
         """Shake hands; what the client has chosen, or ``None`` when it has left or took too long."""
         try:
             async with asyncio.timeout(self._handshake_timeout_s):
@@ -85,14 +85,14 @@ class NbdConnection:
             logger.info("%s did not finish the handshake in time", self.peer)
             return None
 
-    async def _shake_hands(self) -> Agreement | None:
+    async def _shake_hands(self) -> Agreed | None:
         handshake = self._handshake
         await self._stream.send(handshake.data_to_send())
         while data := await self._stream.receive():
             handshake.receive_data(data)
             while (event := handshake.next_event()) is not None:
                 await self._stream.send(handshake.data_to_send())
-                if isinstance(event, Agreement):
+                if isinstance(event, Agreed):
                     return event
                 if isinstance(event, Finished):
                     return None
@@ -101,7 +101,7 @@ class NbdConnection:
                     self._stream = await self._tls.upgrade(self._stream)
         return None
 
-    async def _serve(self, agreed: Agreement) -> None:
+    async def _serve(self, agreed: Agreed) -> None:
         export = self._exports.get(agreed.export.name)
         if export is None or self._handshake.shutting_down:
             return  # removed, or draining, since the client was told that it may go on

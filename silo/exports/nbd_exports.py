@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from silo.errors import InvalidRequestError
+from silo.exports.nbd_catalog import ExportInfo
 from silo.exports.nbd_contexts import CONTEXT_NAMES
-from silo.exports.nbd_handshake import ExportInfo
 from silo.exports.nbd_options import BlockSizes
 from silo.exports.nbd_wire import PAYLOAD_SIZE_DEFAULT
 from silo.volume import Volume

@@ -2,7 +2,7 @@
 
 ::
 
-    GREETED ──client flags──► OPTIONS ──GO, EXPORT_NAME──► Transmission     the driver serves requests from here on
+    GREETED ──client flags──► OPTIONS ──GO, EXPORT_NAME──► Agreed           the driver serves requests from here on
                                │  ▲ └──ABORT, too many options──► Finished  send what is left, then close
                                │  └─any other option, known or not─┐
                                └───────────────────────────────────┘
@@ -20,15 +20,14 @@ may send `OPTIONS_MAX` options. The deadline for all of it is the driver's.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from collections.abc import Callable
+from typing import Final
 
 import attrs
 
 from silo.errors import RemoteProtocolError
+from silo.exports.nbd_catalog import Catalog, ExportInfo, TlsPolicy, transmission_flags
 from silo.exports.nbd_options import (
-    BlockSizes,
     decode_context_queries,
     decode_info_request,
     decode_name,
@@ -53,21 +52,17 @@ from silo.exports.nbd_wire import (
     Info,
     Option,
     OptionReply,
-    TransmissionFlag,
 )
 
 __all__ = [
     "OPTIONS_MAX",
     "OPTION_SIZE_MAX",
-    "Catalog",
+    "Agreed",
     "Event",
-    "ExportInfo",
     "Finished",
     "Handshake",
     "Replied",
     "StartTls",
-    "TlsPolicy",
-    "Transmission",
 ]
 
 OPTION_SIZE_MAX: Final = 64 * 1024
@@ -75,56 +70,6 @@ OPTION_SIZE_MAX: Final = 64 * 1024
 OPTIONS_MAX: Final = 256
 """A client that lists, asks and goes sends about ten."""
 _KNOWN_CLIENT_FLAGS: Final = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)
-_FLAGS_READ_ONLY: Final = (
-    TransmissionFlag.HAS_FLAGS
-    | TransmissionFlag.READ_ONLY
-    | TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.CAN_MULTI_CONN
-    | TransmissionFlag.SEND_CACHE
-)
-_FLAGS_WRITABLE: Final = (
-    TransmissionFlag.HAS_FLAGS
-    | TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.SEND_TRIM
-    | TransmissionFlag.SEND_WRITE_ZEROES
-    | TransmissionFlag.CAN_MULTI_CONN
-    | TransmissionFlag.SEND_CACHE
-    | TransmissionFlag.SEND_FAST_ZERO
-)
-
-
-class TlsPolicy(enum.Enum):
-    """Whether a connection may, or must, be encrypted."""
-
-    NONE = "none"
-    OPTIONAL = "optional"
-    REQUIRED = "required"
-
-
-@attrs.frozen
-class ExportInfo:
-    """What a client is told about an export."""
-
-    name: str
-    """The canonical name."""
-    size: int
-    sizes: BlockSizes
-    read_only: bool = False
-    description: str = ""
-    contexts: Sequence[str] = ()
-    """The metadata contexts that exist for it."""
-
-
-class Catalog(Protocol):
-    """What the handshake asks about exports."""
-
-    def find(self, name: str) -> ExportInfo | None:
-        """The export that a client means by ``name``, which may be an alias or empty."""
-
-    def listed(self) -> Sequence[ExportInfo]:
-        """All exports."""
 
 
 class Event:
@@ -147,7 +92,7 @@ class Finished(Event):
 
 
 @attrs.frozen
-class Transmission(Event):
+class Agreed(Event):
     """After sending, serve requests. The bytes in `Handshake.trailing` already belong to them."""
 
     export: ExportInfo
@@ -211,7 +156,7 @@ class Handshake:
 
     @property
     def trailing(self) -> bytes:
-        """Bytes behind the handshake: after `Transmission` they are the first requests."""
+        """Bytes behind the handshake: after `Agreed` they are the first requests."""
         return bytes(self._in)
 
     def tls_started(self) -> None:
@@ -348,7 +293,7 @@ class Handshake:
         self._out.append(EXPORT_NAME_REPLY.pack(export.size, self._flags(export)))
         if self._pad:
             self._out.append(ZERO_PADDING)
-        return self._transmission(export)
+        return self._agree(export)
 
     def _on_info(self, data: bytes) -> Event:
         name, wanted = decode_info_request(data)
@@ -363,7 +308,7 @@ class Handshake:
         if Info.BLOCK_SIZE in wanted or export.sizes.is_unusual:
             self._reply(OptionReply.INFO, encode_info_block_size(export.sizes))
         replied = self._reply(OptionReply.ACK)
-        return self._transmission(export) if self._option == Option.GO else replied
+        return self._agree(export) if self._option == Option.GO else replied
 
     def _on_structured_reply(self, data: bytes) -> Event:
         self._without_data(data)
@@ -409,15 +354,10 @@ class Handshake:
         return self._selected if self._selected_for == export.name else {}
 
     def _flags(self, export: ExportInfo) -> int:
-        flags = _FLAGS_READ_ONLY if export.read_only else _FLAGS_WRITABLE
-        if self._style is not HeaderStyle.SIMPLE:
-            flags |= TransmissionFlag.SEND_DF
-        if self._style is HeaderStyle.EXTENDED and self._contexts_of(export):
-            flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
-        return flags
+        return transmission_flags(export, self._style, has_contexts=bool(self._contexts_of(export)))
 
-    def _transmission(self, export: ExportInfo) -> Event:
-        return self._end(Transmission(export, self._style, self._contexts_of(export)))
+    def _agree(self, export: ExportInfo) -> Event:
+        return self._end(Agreed(export, self._style, self._contexts_of(export)))
 
 
 def _is_wildcard_of(query: str, name: str) -> bool:

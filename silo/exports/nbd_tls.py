@@ -18,7 +18,7 @@ import attrs
 
 from silo.abc import Buffer
 from silo.errors import InvalidRequestError
-from silo.exports.nbd_handshake import TlsPolicy
+from silo.exports.nbd_catalog import TlsPolicy
 from silo.exports.nbd_stream import Stream
 
 __all__ = ["NbdTls", "TlsStream", "server_context"]

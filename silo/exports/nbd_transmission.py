@@ -42,6 +42,8 @@ _BATCH_MAX: Final = 1 << 20
 """Bytes of replies that are put together before they are sent."""
 _ROUNDS_MAX: Final = 8
 """How often one connection may receive before others get their turn, when there is always more."""
+_TURN_MAX: Final = 512
+"""How many requests one connection may have served before others get their turn: a few milliseconds."""
 _ASIDE_MAX: Final = 16 * 1024
 """Requests that may be put aside; a client that has sent more without listening is not waited for."""
 _CHANGES: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
@@ -193,10 +195,12 @@ class Transmission:
     # ---- callbacks of the loop --------------------------------------------------------------------------
 
     def _on_readable(self) -> None:
+        served = 0
         for _ in range(_ROUNDS_MAX):
             received = 0 if self._starved else self._receive()
-            served = self._advance()
-            if received <= 0 or not (served > 1 or self._parser.expects_large):
+            now = self._advance()
+            served += now
+            if received <= 0 or served > _TURN_MAX or not (now > 1 or self._parser.expects_large):
                 break
 
     def _receive(self) -> int:
@@ -262,6 +266,10 @@ class Transmission:
                 return served
             self._serve_batch(requests)
             if self._parser.is_empty and not (self._aside or self._stream.queued):
+                return served
+            if served > _TURN_MAX:
+                self._starved = True  # of time: the rest comes after whatever else the loop has to do
+                asyncio.get_running_loop().call_soon(self._go_on)
                 return served
 
     def _next_batch(self, budget: int) -> list[Request]:

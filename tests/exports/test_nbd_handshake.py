@@ -9,16 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silo.errors import RemoteProtocolError
+from silo.exports.nbd_catalog import ExportInfo, TlsPolicy
 from silo.exports.nbd_handshake import (
     OPTION_SIZE_MAX,
     OPTIONS_MAX,
+    Agreed,
     Event,
-    ExportInfo,
     Finished,
     Handshake,
     StartTls,
-    TlsPolicy,
-    Transmission,
 )
 from silo.exports.nbd_options import (
     BlockSizes,
@@ -137,7 +136,7 @@ def test_go_tells_about_the_export_and_begins(step: int):
     assert found[1][1] == b"\0\1vm/disk"
     assert found[2][1] == b"\0\2the disk"
     assert decode_info_block_size(found[3][1]) == DISK.sizes
-    assert client.last == Transmission(DISK, HeaderStyle.SIMPLE, {})
+    assert client.last == Agreed(DISK, HeaderStyle.SIMPLE, {})
     client.server.receive_data(b"first request")
     assert client.server.next_event() is None
     assert client.server.trailing == b"first request"
@@ -148,9 +147,9 @@ def test_info_answers_the_same_and_does_not_begin():
     client = Client()
     asked = encode_info_request("vm/disk", [Info.BLOCK_SIZE])
     info = client.option(Option.INFO, asked)
-    assert not isinstance(client.last, Transmission)
+    assert not isinstance(client.last, Agreed)
     assert client.option(Option.GO, asked) == info
-    assert isinstance(client.last, Transmission)
+    assert isinstance(client.last, Agreed)
 
 
 def test_unusual_block_sizes_are_told_without_being_asked_for():
@@ -229,7 +228,7 @@ def test_export_name_is_answered_without_an_option_reply(flags: bytes, padding: 
     answer = client.say(encode_option(Option.EXPORT_NAME, b"disk"))
     assert answer[EXPORT_NAME_REPLY.size :] == padding
     assert EXPORT_NAME_REPLY.unpack_from(answer)[0] == DISK.size
-    assert client.last == Transmission(DISK, HeaderStyle.SIMPLE, {})
+    assert client.last == Agreed(DISK, HeaderStyle.SIMPLE, {})
 
 
 @pytest.mark.parametrize("name", [b"nothing", b"\xff", b"x" * 5000, b"x" * (OPTION_SIZE_MAX + 1)])
@@ -246,7 +245,7 @@ def test_structured_replies_may_be_asked_for_twice():
     assert [client.final(Option.STRUCTURED_REPLY) for _ in range(2)] == [OptionReply.ACK] * 2
     found = client.option(Option.GO, encode_info_request(""))
     assert decode_info_export(found[0][1])[1] & TransmissionFlag.SEND_DF
-    assert client.last == Transmission(DISK, HeaderStyle.STRUCTURED, {})
+    assert client.last == Agreed(DISK, HeaderStyle.STRUCTURED, {})
 
 
 def test_extended_headers_take_precedence():
@@ -256,7 +255,7 @@ def test_extended_headers_take_precedence():
     assert [client.final(Option.EXTENDED_HEADERS) for _ in range(2)] == [OptionReply.ACK] * 2
     assert client.final(Option.STRUCTURED_REPLY) == OptionReply.ERR_EXT_HEADER_REQD
     assert client.final(Option.GO, encode_info_request("")) == OptionReply.ACK
-    assert client.last == Transmission(DISK, HeaderStyle.EXTENDED, {})
+    assert client.last == Agreed(DISK, HeaderStyle.EXTENDED, {})
     other = Client()
     other.option(Option.EXTENDED_HEADERS)
     with pytest.raises(RemoteProtocolError):
@@ -297,7 +296,7 @@ def test_contexts_are_selected_by_exact_name_only():
     assert sorted(name for _, name in found) == ["base:allocation", "silo:residency"]
     assert len({context_id for context_id, _ in found}) == 2
     client.option(Option.GO, encode_info_request("vm/disk"))
-    assert client.last == Transmission(DISK, HeaderStyle.STRUCTURED, dict(found))
+    assert client.last == Agreed(DISK, HeaderStyle.STRUCTURED, dict(found))
 
 
 def test_a_selection_replaces_the_one_before_even_when_it_fails():
@@ -312,7 +311,7 @@ def test_a_selection_replaces_the_one_before_even_when_it_fails():
         assert with_contexts(client, Option.SET_META_CONTEXT, "disk", ["base:allocation"])
         client.option(Option.SET_META_CONTEXT, data)
         client.option(Option.GO, encode_info_request("disk"))
-        assert client.last == Transmission(DISK, HeaderStyle.STRUCTURED, {})
+        assert client.last == Agreed(DISK, HeaderStyle.STRUCTURED, {})
 
 
 def test_a_selection_belongs_to_its_export():
@@ -321,7 +320,7 @@ def test_a_selection_belongs_to_its_export():
     client.option(Option.STRUCTURED_REPLY)
     with_contexts(client, Option.SET_META_CONTEXT, "disk", ["base:allocation"])
     client.option(Option.GO, encode_info_request("vm/cdrom"))
-    assert client.last == Transmission(CDROM, HeaderStyle.STRUCTURED, {})
+    assert client.last == Agreed(CDROM, HeaderStyle.STRUCTURED, {})
 
 
 @pytest.mark.parametrize("option", [Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT])
@@ -372,7 +371,7 @@ def test_encryption_forgets_what_came_before_it(tls: TlsPolicy):
     client.server.tls_started()
     assert client.final(Option.STARTTLS) == OptionReply.ERR_INVALID
     assert client.final(Option.GO, encode_info_request("")) == OptionReply.ACK
-    assert client.last == Transmission(DISK, HeaderStyle.SIMPLE, {})
+    assert client.last == Agreed(DISK, HeaderStyle.SIMPLE, {})
 
 
 def test_bytes_smuggled_behind_starttls_are_noticed():

@@ -9,7 +9,7 @@ import pytest
 
 from silo.devices.memory import MemoryDevice
 from silo.errors import InvalidRequestError
-from silo.exports.nbd_handshake import TlsPolicy
+from silo.exports.nbd_catalog import TlsPolicy
 from silo.exports.nbd_server import NbdServer, NbdServerSettings
 from silo.exports.nbd_tls import NbdTls, server_context
 from silo.exports.nbd_wire import Command, Option, OptionReply

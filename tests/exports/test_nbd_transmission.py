@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import socket
 
 import pytest
@@ -15,7 +16,7 @@ from silo.exports.nbd_service import NbdService
 from silo.exports.nbd_session import HeaderStyle, RequestParser
 from silo.exports.nbd_stream import Stream
 from silo.exports.nbd_transmission import PayloadBudget, Transmission, TransmissionLimits
-from silo.exports.nbd_wire import SIMPLE_REPLY, Command, CommandFlag, NbdError
+from silo.exports.nbd_wire import REQUEST, REQUEST_MAGIC, SIMPLE_REPLY, Command, CommandFlag, NbdError
 from silo.volume import Volume
 from tests.support.held import HeldDevice
 from tests.support.nbd_peer import Peer, condition
@@ -67,6 +68,29 @@ async def test_many_requests_are_answered_in_one_go():
         for cookie in range(50):
             assert await peer.reply() == (cookie, 0, b"")
             assert await peer.reply(10) == (100 + cookie, 0, bytes([cookie]) * 10)
+
+
+async def test_a_flood_leaves_turns_to_others():
+    """However many requests have arrived, the loop gets on with other things after some hundreds of them."""
+    running = Running(memory())
+    turn, served = 0, collections.Counter[int]()
+    serve_nowait = running.transmission._service.serve_nowait
+
+    def counted(requests, out):
+        served[turn] += len(requests)
+        return serve_nowait(requests, out)
+
+    running.transmission._service.serve_nowait = counted
+    flood = b"".join(REQUEST.pack(REQUEST_MAGIC, 0, READ, cookie, 0, 1) for cookie in range(5000))
+    async with running as peer, asyncio.TaskGroup() as tasks:
+        sent = tasks.create_task(peer.send(flood))
+        received = tasks.create_task(peer.receive(5000 * 17))
+        while not received.done():
+            turn += 1
+            await asyncio.sleep(0)
+        await sent
+    assert sum(served.values()) == 5000
+    assert max(served.values()) <= 2000
 
 
 async def test_a_miss_does_not_hold_up_the_rest():
