@@ -42,7 +42,7 @@ def test_a_group_moves_under_a_running_guest(with_store, seed):
         report = await here.migrate()
         await here.check_moved()
         assert report.outcome is Outcome.RELEASED
-        assert report.rounds >= 2
+        assert report.rounds >= 1  # rounds that were announced; the first plan is not one
         assert report.bytes_peer > 0
         assert report.downtime_ms is not None
         assert report.evacuated_ms is not None
