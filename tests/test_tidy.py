@@ -22,7 +22,13 @@ FILE_LINES_MAX = 500
 FUNCTION_LINES_MAX = 70
 
 UNFINISHED = re.compile(r"\b(?:TODO|FIXME|XXX|HACK)\b|NotImplemented" + r"Error")
-OWNERS = ("silo/hooks/calls.py", "silo/threads.py", "silo/trio.py", "silo/testing/loop.py", "silo/testing/process.py")
+OWNERS = (
+    "silo/hooks/calls.py",
+    "silo/threads.py",
+    "silo/trio.py",
+    "silo/testing/loop.py",
+    "silo/testing/process.py",
+)
 """Where calls and tasks are started by hand, because what waits for them there is not a task group."""
 
 SYNONYMS = {"blackout", "cutover", "dst", "leecher", "seeder", "volatility", "watermark"}

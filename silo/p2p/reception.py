@@ -106,9 +106,7 @@ class IncomingOffer:
 class Reception:
     """See the module. `run` is its life; `listen` before it, so that the address is known."""
 
-    def __init__(
-        self, site: Site, holds_record: Callable[[str], Awaitable[bool]] | None = None
-    ) -> None:
+    def __init__(self, site: Site, holds_record: Callable[[str], Awaitable[bool]] | None = None) -> None:
         """``holds_record`` says whether the record of a handover of this group is on our disk, opened or not."""
         self._site = site
         self._holds_record = holds_record

@@ -86,7 +86,9 @@ class Rounds:
             VolumeSets(
                 volume=offer,
                 missing=self._pack_missing(index, volume),
-                unsynced=pack_all(volume.chunks.count) if unsynced is None else pack_set(unsynced[volume.name]),
+                unsynced=pack_all(volume.chunks.count)
+                if unsynced is None
+                else pack_set(unsynced[volume.name]),
             )
             for index, (volume, offer) in enumerate(zip(self.volumes, self.offers(), strict=True))
         )

@@ -51,10 +51,10 @@ class SyncSettings:
     def __attrs_post_init__(self) -> None:
         if self.rpo_s <= 0 or self.drain_timeout_s <= 0 or not 1 <= self.threads <= 64:
             raise InvalidRequestError("rpo_s and drain_timeout_s must be positive, threads from 1 to 64")
-        if not (
-            0 < self.segment_size <= 1024 * MIB and self.batch_size > 0 and self.checkpoint_segments > 0
-        ):
-            raise InvalidRequestError("segments have at most 1 GiB; segments, batches and checkpoints cannot be empty")
+        if not (0 < self.segment_size <= 1024 * MIB and self.batch_size > 0 and self.checkpoint_segments > 0):
+            raise InvalidRequestError(
+                "segments have at most 1 GiB; segments, batches and checkpoints cannot be empty"
+            )
         if self.window < self.segment_size:
             raise InvalidRequestError("the window must hold at least one segment")
         if self.rate_bps is not None and self.rate_bps <= 0:
