@@ -79,7 +79,7 @@ def test_what_is_kept_comes_back(states: bytes, sequence: int) -> None:
 
 @given(states_strategy)
 def test_what_a_power_loss_makes_of_every_chunk(states: bytes) -> None:
-    """Absent stays absent, dirty if the store lacks it; what is local is taken from the device and is suspect; zeros stay zeros."""
+    """Absent stays absent, dirty if the store lacks it; what is local is suspect; zeros stay zeros."""
     expected = {
         Residency.ABSENT_STORE: Residency.ABSENT_STORE,
         Residency.ABSENT_PEER: Residency.ABSENT_PEER | SYNC_DIRTY,
