@@ -38,11 +38,11 @@ PAGES_MAX = 1 << 16
 """We write at most 256 pages per volume; a volume that grows may get more."""
 
 
-@attrs.frozen
 PAID = (int(Kind.RAW), int(Kind.ZSTD))
 """Kinds with a payload, as numbers: numpy compares its scalars with enums a hundred times slower."""
 
 
+@attrs.frozen
 class Location:
     """Where the content of one chunk is. ``key`` is empty for the kinds without a payload."""
 
