@@ -19,15 +19,18 @@ from collections.abc import Callable, Mapping
 import attrs
 import numpy as np
 
-from silo.abc import Buffer, ChunkSource, Clock, Transport
-from silo.chunkmap import ChunkMap, Residency
+from silo.abc import BlockDevice, Buffer, ChunkSource, Clock, Transport
+from silo.checkpoint import kept_of, states_after_power_loss
+from silo.chunkmap import ChunkMap, Residency, after_restart
 from silo.devices.memory import MemoryDevice
+from silo.devices.volatile import VolatileDevice
 from silo.errors import FencedError, InvalidRequestError, SiloError, UnavailableError
 from silo.events import MigrationEvent
 from silo.geometry import Geometry
 from silo.group import Group
 from silo.p2p.ports import Plugs, Site
 from silo.p2p.reception import IncomingOffer, Reception
+from silo.p2p.records import HANDOVER_RECORD
 from silo.p2p.settings import MigrationSettings
 from silo.p2p.signal import Signal
 from silo.p2p.source import SourceMigration
@@ -96,6 +99,7 @@ class Link(ChunkSource):
         """Commit a cut of the group; False while commits are held. `FencedError` when somebody else is the owner."""
         if self.holds or self.group is None:
             return False
+        assert not self.group.absent_counts((Residency.ABSENT_PEER,)), "a commit would name what is not here"
         cut = self.group.take()
         try:
             image = dict(self.store.images.get(self.store.generation, {}))
@@ -123,8 +127,13 @@ class Link(ChunkSource):
         return True
 
     async def fetch(self, volume: str, chunk: int, *, demand: bool) -> Buffer | None:
-        """The newest committed content."""
-        await self.store.request()
+        """The newest committed content, whenever the store answers."""
+        while True:
+            try:
+                await self.store.request()
+                break
+            except UnavailableError:
+                await asyncio.sleep(0.1)
         self.fetched.append((volume, chunk))
         content = self.store.images[self.store.generation][volume][chunk * CHUNK : (chunk + 1) * CHUNK]
         return None if content.count(0) == len(content) else content
@@ -189,13 +198,24 @@ class Link(ChunkSource):
 class Guest:
     """See the module. It outlives the host process that serves its disks, as a virtual machine does."""
 
-    def __init__(self, sizes: Mapping[str, int], chance: random.Random, *, pause_s: float = 0.001) -> None:
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        chance: random.Random,
+        *,
+        pause_s: float = 0.001,
+        flushes: bool = False,
+    ) -> None:
+        """With ``flushes`` it counts on nothing that it has not flushed."""
         self.model = {name: bytearray(size) for name, size in sizes.items()}
         self.running: set[str] = set()
         """On which hosts it runs. More than one is the end of the world."""
         self.requests = 0
         self.pause_s = pause_s
+        self.writes = 0.5
+        """How much of what it does is writing."""
         self._chance = chance
+        self._flushes = flushes
         self._group: Group | None = None
         self._stamps = itertools.count(1)
         self._changed = Signal()
@@ -225,18 +245,21 @@ class Guest:
         start, stop = first * BLOCK, (first + count) * BLOCK
         kind = self._chance.random()
         self.requests += 1
-        if kind < 0.45:
+        if kind >= self.writes:
             found = bytes(await volume.read(start, stop - start))
             assert found == model[start:stop], f"{name}[{start}:{stop}] is not what was written"
             return
         content = bytes(stop - start)
-        if kind < 0.95:
+        zeroes = kind < self.writes / 8
+        if not zeroes:
             content = next(self._stamps).to_bytes(8, "little") * ((stop - start) // 8)
         self._unclear = (name, start, content)
-        if kind < 0.95:
-            await volume.write(start, content)
-        else:
+        if zeroes:
             await volume.zero(start, stop - start)
+        else:
+            await volume.write(start, content)
+        if self._flushes:
+            await volume.flush()
         model[start:stop] = content
         self._unclear = None
 
@@ -253,6 +276,8 @@ class Guest:
                 f"{name} at {start + offset} is neither"
             )
             model[start + offset : start + offset + BLOCK] = block
+        if self._flushes:
+            await group.volumes[name].flush()
         self._unclear = None
 
     def start(self, host: str, group: Group) -> None:
@@ -352,6 +377,18 @@ class MemoryRecords:
 # -------------------------------------------------------------------------------------------------- the hosts
 
 
+class KeptMap:
+    """The checkpoint of a map."""
+
+    def __init__(self, states: bytearray) -> None:
+        self.states = bytes(states)
+
+    async def checkpoint(self, states: bytes) -> None:
+        await asyncio.sleep(0)
+        self.states = states
+        await asyncio.sleep(0)
+
+
 class HostSide:
     """One host: what survives its process (devices, maps, records), and what is made anew with each process."""
 
@@ -366,20 +403,25 @@ class HostSide:
         *,
         settings: MigrationSettings = QUICK,
         residency: Residency = Residency.ABSENT_STORE,
+        chance: Callable[[], float] | None = None,
     ) -> None:
+        """With ``chance`` the machine can lose power."""
         self.name = name
         self.site = Site(host=name, transport=transport, clock=clock, settings=settings)
         self.records = MemoryRecords()
-        self.devices = {volume: MemoryDevice(size) for volume, size in sizes.items()}
+        make = MemoryDevice if chance is None else VolatileDevice
+        self.devices: dict[str, BlockDevice] = {volume: make(size) for volume, size in sizes.items()}
         self.maps = {
             volume: bytearray([residency]) * Geometry(size, CHUNK).chunk_count
             for volume, size in sizes.items()
         }
+        self.kept = {volume: KeptMap(states) for volume, states in self.maps.items()}
         self.events: list[MigrationEvent] = []
         self.vetoes: dict[type, str] = {}
         self._guest = guest
         self._store = store
         self._sizes = dict(sizes)
+        self._chance = chance
         self._openings = itertools.count(1)
         self.reopen(is_open=False)
 
@@ -389,7 +431,8 @@ class HostSide:
         self.group = Group("vm1", clock, is_open=is_open)
         for name, size in self._sizes.items():
             chunks = ChunkMap(self.maps[name], Geometry(size, CHUNK).chunk_count)
-            self.group.add(name, self.devices[name], Geometry(size, CHUNK), chunks=chunks)
+            keeper = self.kept[name] if self._chance is not None else None
+            self.group.add(name, self.devices[name], Geometry(size, CHUNK), chunks=chunks, keeper=keeper)
         self.hooks = Hooks(self.name, self._guest, self.group)
         self.link: Link | None = None
         if self._store is not None:
@@ -397,6 +440,25 @@ class HostSide:
             self.link.group = self.group
             for volume in self.group.volumes.values():
                 volume.set_source(Residency.ABSENT_STORE, self.link)
+
+    async def holds_record(self, group: str) -> bool:
+        """What the reception asks before it denies all knowledge."""
+        return HANDOVER_RECORD in self.records.content
+
+    def restart(self) -> None:
+        """The process has died: what it left in memory that survives it is made sense of, as a host does."""
+        for states in self.maps.values():
+            after_restart(np.frombuffer(states, dtype=np.uint8))
+        self.reopen(is_open=False)
+
+    async def lose_power(self) -> None:
+        """The machine has died: devices keep what was flushed, and some of the rest; maps fall back."""
+        for name, device in self.devices.items():
+            assert isinstance(device, VolatileDevice)
+            assert self._chance is not None
+            self.devices[name] = await device.power_loss(self._chance)
+            self.maps[name][:] = states_after_power_loss(kept_of(self.kept[name].states)).tobytes()
+        self.reopen(is_open=False)
 
     async def consent(self, event: MigrationEvent) -> None:
         """The observers."""
@@ -437,11 +499,13 @@ class World:
         sizes: Mapping[str, int] | None = None,
         with_store: bool = True,
         settings: MigrationSettings = QUICK,
+        power: bool = False,
     ) -> None:
+        """With ``power``, machines can lose it, and the guest flushes what it counts on."""
         sizes = dict(sizes or {"disk": 64 * CHUNK, "memory": 16 * CHUNK})
         self.clock = clock
         self.store = Store() if with_store else None
-        self.guest = Guest(sizes, chance)
+        self.guest = Guest(sizes, chance, flushes=power)
         self.a, self.b = (
             HostSide(
                 name,
@@ -452,6 +516,7 @@ class World:
                 self.store,
                 settings=settings,
                 residency=residency,
+                chance=chance.random if power else None,
             )
             for name, residency in (("a", Residency.ZERO), ("b", Residency.ABSENT_STORE))
         )

@@ -26,7 +26,7 @@ class Scene:
     def __init__(self, world: World, network: MemoryNetwork, tasks: asyncio.TaskGroup) -> None:
         self.world, self.network, self.tasks = world, network, tasks
         self.a, self.b, self.guest, self.store = world.a, world.b, world.guest, world.store
-        self.reception = Reception(world.b.site)
+        self.reception = Reception(world.b.site, world.b.holds_record)
         self.target: TargetMigration | None = None
         self.target_outcome: asyncio.Task[MigrationReport | SiloError] | None = None
 
