@@ -17,7 +17,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Self
 
-from silo.abc import Clock, ObjectStore
+from silo.abc import Buffer, ChunkSource, Clock, ObjectStore
 from silo.chunkmap import RESIDENCY_MASK, ChunkMap, Residency, runs_of
 from silo.errors import FencedError, InvariantError
 from silo.group import Group
@@ -37,6 +37,25 @@ from silo.sync.syncer import Syncer
 __all__ = ["StoreLink"]
 
 MIGRATION_HOLD = "migration"
+
+
+class CurrentSource(ChunkSource):
+    """The store, but only while it is known which generation is the newest.
+
+    A claim may find a newer generation than the one that was looked at before it; what the handover leaves to the
+    store is as new as the claimed head. So from the claim until its map is open, fetches wait.
+    """
+
+    def __init__(self) -> None:
+        self.inner: StoreSource | None = None
+        self.is_current = asyncio.Event()
+
+    async def fetch(self, volume: str, chunk: int, *, demand: bool) -> Buffer | None:
+        """As the port says. Waits without a deadline for the map, which is asked for until it is there."""
+        await self.is_current.wait()
+        if self.inner is None:
+            raise InvariantError("a generation counts as known whose map was never opened")
+        return await self.inner.fetch(volume, chunk, demand=demand)
 
 
 class StoreLink:
@@ -65,7 +84,7 @@ class StoreLink:
         self._sync = sync
         self._fetch = fetch
         self._directory = directory
-        self._source: StoreSource | None = None
+        self._source = CurrentSource()
         self._early: Manifest | None = None
         self._held = False
         self._run: asyncio.Task[None] | None = None
@@ -132,16 +151,19 @@ class StoreLink:
         mark_absent(self._early, name, chunks, device_is_zero=device_is_zero)
 
     def attach(self, group: Group) -> None:
-        """Let absent chunks of the group come from the store, from the generation that `look` found."""
-        if self._early is not None:
-            self._attach(group, self._early)
-
-    def _attach(self, group: Group, manifest: Manifest) -> None:
-        if self._source is None:
-            self._source = StoreSource(manifest, self.reader)
-        self._source.manifest = manifest
+        """Let absent chunks of the group come from the store: from the generation that `look` found, if it found one,
+        else from the one that is claimed."""
         for volume in group.volumes.values():
             volume.set_source(Residency.ABSENT_STORE, self._source)
+        if self._early is not None:
+            self._resolve_through(self._early)
+
+    def _resolve_through(self, manifest: Manifest) -> None:
+        """From now on this is the newest generation."""
+        if self._source.inner is None:
+            self._source.inner = StoreSource(manifest, self.reader)
+        self._source.inner.manifest = manifest
+        self._source.is_current.set()
 
     def fill_known_zeros(self, group: Group) -> None:
         """What is absent, and known to be zero in the store, need not be asked for chunk by chunk."""
@@ -175,7 +197,8 @@ class StoreLink:
         if self._held:
             syncer.hold(MIGRATION_HOLD)
         self.syncer = syncer
-        self._attach(group, syncer.manifest)
+        self.attach(group)
+        self._resolve_through(syncer.manifest)
         await self._forget_early()
         self._run = tasks.create_task(syncer.run())
 
@@ -194,9 +217,9 @@ class StoreLink:
         finally:
             self.syncer = None
             await self._forget_early()
-            if self._source is not None:
-                await self._source.aclose()
-                self._source = None
+            inner, self._source.inner = self._source.inner, None
+            if inner is not None:
+                await inner.aclose()
             if self._owns_store:
                 await self.store.aclose()
 
@@ -210,7 +233,7 @@ class StoreLink:
     @property
     def fetched_bytes(self) -> int:
         """Bytes that came from the store."""
-        return self._source.fetched_bytes if self._source is not None else 0
+        return self._source.inner.fetched_bytes if self._source.inner is not None else 0
 
     # ---- what a migration asks (silo.p2p.ports.Ownership) -------------------------------------------------
 
@@ -253,7 +276,10 @@ class StoreLink:
         """Target: take the group over under ``terms.nonce``. Returns the new epoch."""
         source = Owner(terms.epoch, terms.incarnation)
         expectation = Expectation.handover(source, terms.generations, terms.nonce)
+        self._source.is_current.clear()
         head = await self.register.claim(expectation, nonce=terms.nonce, prepare=self._prepare)
+        if self._early is not None and self._early.head.generation == head.generation:
+            self._source.is_current.set()
         return head.epoch
 
     async def reclaim(self, terms: Terms, nonce: str) -> Verdict:

@@ -204,7 +204,10 @@ async def run_guest(plan: GuestPlan) -> GuestStats:
             await stop.wait()
             work.cancel()
     except* SiloError as errors:
-        guest.stats.fault = str(errors.exceptions[0])
+        fault: BaseException = errors
+        while isinstance(fault, BaseExceptionGroup):
+            fault = fault.exceptions[0]
+        guest.stats.fault = str(fault)
     finally:
         server.close()
         model.flush()

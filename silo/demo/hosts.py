@@ -60,6 +60,8 @@ class Child:
         if not line:
             raise SiloError(f"{self.name} died", hint=self.last_words())
         answer: dict[str, Any] = msgspec.json.decode(line)
+        if "error" in answer:
+            raise SiloError(f"{self.name}: {answer['error']['message']}", hint=answer["error"]["hint"])
         return answer
 
     def last_words(self) -> str:
@@ -138,7 +140,10 @@ class GuestProcess(Child):
         try:
             return await run_to_completion(None, say, self.plan.control, line)
         except OSError as error:
-            raise SiloError("the guest does not answer", hint=self.last_words()) from error
+            fault = msgspec.convert(await self.line(), GuestStats).fault
+            raise SiloError(
+                f"the guest has ended: {fault or 'nobody knows why'}", hint=self.last_words()
+            ) from error
 
     async def stats(self, verb: str = "stats") -> GuestStats:
         """What it has done so far; ``stop`` ends it, too. `SiloError` when it has read a wrong byte."""
