@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from silo.chunkmap import ChunkMap, Residency
 from silo.clock import SystemClock
 from silo.devices.memory import MemoryDevice
 from silo.errors import InvalidRequestError, InvariantError, UnavailableError
@@ -54,6 +55,37 @@ def terms(link: StoreLink, nonce: str = "theirs") -> Terms:
     return Terms(
         epoch=standing.epoch, incarnation=standing.incarnation, generations=standing.generations, nonce=nonce
     )
+
+
+async def test_after_a_claim_nothing_is_read_from_an_older_generation() -> None:
+    """The owner commits after the target has looked: what it hands over as stored is what the newest head has."""
+    scene = Scene()
+    source, target = await scene.link(), await scene.link()
+    async with asyncio.TaskGroup() as tasks:
+        await source.claim_opening((), [INFO], force=False)
+        here = scene.group()
+        await source.start(here, tasks)
+        assert source.syncer is not None
+        await here.volumes["disk"].write(0, b"old")
+        await source.syncer.sync_now()
+
+        await target.look()
+        there = Group("vm1", scene.clock)
+        chunks = ChunkMap.filled(SIZE // CHUNK_SIZE_DEFAULT, Residency.ABSENT_STORE)
+        there.add("disk", MemoryDevice(SIZE), chunks=chunks)
+        target.attach(there)
+        await here.volumes["disk"].write(0, b"new")
+        await source.syncer.sync_now()
+
+        await target.claim(terms(source))
+        reading = tasks.create_task(there.volumes["disk"].read(0, 3))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not reading.done()
+        await target.start(there, tasks)
+        assert bytes(await reading) == b"new"
+        await target.close(drain=False)
+        await source.close(drain=False)
 
 
 async def test_a_hold_before_the_start_counts_and_so_does_its_release() -> None:
