@@ -10,7 +10,7 @@ frozen or cut off is noticed after ``silence_s``, however patient TCP is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Never
 
 from silo.abc import Buffer, Clock, Connection, Transport
@@ -94,31 +94,34 @@ class Channel:
 
         `UnavailableError` when the peer closed, broke off or fell silent; `RemoteProtocolError` for nonsense.
         """
-        while True:
-            try:
-                async with asyncio.timeout(self._settings.silence_s):
-                    count = await self.connection.receive_into(self._buffer.space())
-            except TimeoutError as error:
-                raise UnavailableError(
-                    f"nothing was heard from {self.peer} for {self._settings.silence_s:g} s"
-                ) from error
-            if count == 0:
-                raise UnavailableError(f"{self.peer} closed the connection")
-            self._buffer.received(count)
-            frames = []
-            for frame in self._buffer.frames():
-                self.conversation.rcvd(frame.type)
-                if frame.type is not FrameType.PING:
-                    frames.append(frame)
-            if frames:
-                return frames
+        while not (frames := list(self._frames())):
+            await self._receive_more()
+        return frames
 
     async def receive_message(self) -> Message:
-        """The next frame, where exactly one control message may come."""
-        frames = await self.receive()
-        if len(frames) != 1:
-            raise RemoteProtocolError(f"{self.peer} said more than was asked")
-        return decode(frames[0])
+        """The next control message, and no more: what it means decides what may follow. As `receive`."""
+        while (frame := next(self._frames(), None)) is None:
+            await self._receive_more()
+        return decode(frame)
+
+    def _frames(self) -> Iterator[Frame]:
+        """What has been received whole, without the signs of life."""
+        for frame in self._buffer.frames():
+            self.conversation.rcvd(frame.type)
+            if frame.type is not FrameType.PING:
+                yield frame
+
+    async def _receive_more(self) -> None:
+        try:
+            async with asyncio.timeout(self._settings.silence_s):
+                count = await self.connection.receive_into(self._buffer.space())
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"nothing was heard from {self.peer} for {self._settings.silence_s:g} s"
+            ) from error
+        if count == 0:
+            raise UnavailableError(f"{self.peer} closed the connection")
+        self._buffer.received(count)
 
     async def keep_alive(self) -> Never:
         """Say something when nothing else is said. Runs until it is cancelled or the channel breaks."""

@@ -10,7 +10,8 @@ Decoding is for hostile bytes: runs must ascend, must not touch, and must lie in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import struct
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -18,10 +19,11 @@ import numpy as np
 from silo.chunkmap import Indices
 from silo.errors import RemoteProtocolError
 
-__all__ = ["SET_WINDOW", "decode_window", "encode_set", "join_sets"]
+__all__ = ["SET_WINDOW", "decode_window", "encode_run", "encode_set"]
 
 SET_WINDOW: Final = 1 << 20
 
+_RUN: Final = struct.Struct("<II")
 _RUNS: Final = 1
 _BITMAP: Final = 2
 
@@ -34,6 +36,11 @@ def encode_set(chunks: Indices) -> Iterator[tuple[int, bytes]]:
     for part in np.split(chunks, edges):
         window = int(part[0]) // SET_WINDOW
         yield window, _encode_window(part - window * SET_WINDOW)
+
+
+def encode_run(first: int, count: int) -> bytes:
+    """The data of a window that holds one run, relative to the window."""
+    return bytes([_RUNS]) + _RUN.pack(first, count)
 
 
 def _encode_window(members: Indices) -> bytes:
@@ -83,9 +90,3 @@ def _decode_runs(body: memoryview, room: int) -> Indices:
     starts = np.cumsum(counts) - counts
     members: Indices = np.arange(int(counts.sum()), dtype=np.int64) + np.repeat(firsts - starts, counts)
     return members
-
-
-def join_sets(parts: Iterable[Indices]) -> Indices:
-    """The union of sets, ascending."""
-    arrays = list(parts)
-    return np.unique(np.concatenate(arrays)) if arrays else np.empty(0, dtype=np.int64)

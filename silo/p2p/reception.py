@@ -15,7 +15,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Never, Protocol
 
 from silo.abc import Connection, Listener
-from silo.errors import ClosedError, RemoteProtocolError, SiloError, UnavailableError
+from silo.errors import ClosedError, InvalidRequestError, RemoteProtocolError, SiloError, UnavailableError
+from silo.names import check_group_name, check_volume_name
 from silo.p2p.channel import Channel, common_version, greet
 from silo.p2p.conversation import Side
 from silo.p2p.messages import (
@@ -200,8 +201,7 @@ class Reception:
         message = await channel.receive_message()
         if not isinstance(message, Offer):
             raise RemoteProtocolError("the source did not offer anything")
-        for volume in message.volumes:
-            volume.geometry()
+        _check(hello, message)
         if session is not None:
             await session.serve_accepted(channel, hello)
             return
@@ -214,3 +214,16 @@ class Reception:
             offer = self._offers[hello.migration] = IncomingOffer(hello, message, channel.peer, self)
             self._queue.put_nowait(offer)
         await offer.wait(channel, hello, host)
+
+
+def _check(hello: Hello, offer: Offer) -> None:
+    """Names become file names and keys here: `RemoteProtocolError` unless they can. So can geometries."""
+    try:
+        check_group_name(hello.group)
+        for volume in offer.volumes:
+            check_volume_name(volume.name)
+            volume.geometry()
+        if len({volume.name for volume in offer.volumes}) != len(offer.volumes):
+            raise InvalidRequestError("two volumes have one name")
+    except InvalidRequestError as error:
+        raise RemoteProtocolError(f"the offer cannot be taken: {error}") from error

@@ -13,17 +13,16 @@ All of it is msgpack with limits. Decoding raises `RemoteProtocolError` for a bo
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 from typing import Annotated, Final, TypeVar
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
-from silo.chunkmap import Indices, join_indices
+from silo.chunkmap import Indices
 from silo.errors import CapacityError, CorruptionError, RemoteProtocolError
 from silo.geometry import Geometry
-from silo.p2p.chunksets import SET_WINDOW, decode_window, encode_set
+from silo.p2p.chunksets import SET_WINDOW, decode_window, encode_run, encode_set
 from silo.p2p.handover import Mark
 from silo.p2p.messages import VOLUMES_MAX, MigrationId, Name, SetData, VolumeOffer
 from silo.p2p.terms import Terms
@@ -118,19 +117,21 @@ def pack_set(chunks: Indices) -> PackedSet:
 
 
 def pack_all(chunk_count: int) -> PackedSet:
-    """Every chunk of a volume, without listing them."""
-    packed: PackedSet = ()
-    for first in range(0, chunk_count, SET_WINDOW):
-        packed += pack_set(np.arange(first, min(first + SET_WINDOW, chunk_count), dtype=np.int64))
-    return packed
+    """Every chunk of a volume: one run per window."""
+    return tuple(
+        (first // SET_WINDOW, encode_run(0, min(SET_WINDOW, chunk_count - first)))
+        for first in range(0, chunk_count, SET_WINDOW)
+    )
 
 
-def unpack_set(packed: PackedSet, geometry: Geometry) -> Indices:
-    """The chunks, ascending. `RemoteProtocolError` unless they lie in the volume and the windows ascend."""
-    windows = [window for window, _ in packed]
-    if any(later <= earlier for earlier, later in itertools.pairwise(windows)):
-        raise RemoteProtocolError("the windows of a chunk set are out of order")
-    return join_indices(decode_window(window, data, geometry.chunk_count) for window, data in packed)
+def unpack_set(packed: PackedSet, geometry: Geometry) -> Iterator[Indices]:
+    """The chunks, ascending, window by window. `RemoteProtocolError` unless they lie in the volume."""
+    before = -1
+    for window, data in packed:
+        if window <= before:
+            raise RemoteProtocolError("the windows of a chunk set are out of order")
+        before = window
+        yield decode_window(window, data, geometry.chunk_count)
 
 
 def encode_handover(body: HandoverBody) -> bytes:
@@ -152,8 +153,9 @@ def decode_handover(encoded: bytes) -> HandoverBody:
         raise RemoteProtocolError(f"the handover holds nonsense: {error}") from error
     for part in body.volumes:
         geometry = part.volume.geometry()
-        unpack_set(part.missing, geometry)
-        unpack_set(part.unsynced, geometry)
+        for packed in (part.missing, part.unsynced):
+            for _ in unpack_set(packed, geometry):
+                pass  # each window was looked at
     return body
 
 

@@ -74,7 +74,7 @@ class Rounds:
         self._begin_taken()
         self._announce()
 
-    def end(self) -> tuple[VolumeSets, ...]:
+    def end(self, offers: Sequence[VolumeOffer]) -> tuple[VolumeSets, ...]:
         """The gate is closed and drained: nothing changes any more. Returns what the handover says of each volume.
 
         Missing is everything that the target lacks the newest content of, also what a commit has covered since:
@@ -90,7 +90,7 @@ class Rounds:
                 if unsynced is None
                 else pack_set(unsynced[volume.name]),
             )
-            for index, (volume, offer) in enumerate(zip(self.volumes, self.offers(), strict=True))
+            for index, (volume, offer) in enumerate(zip(self.volumes, offers, strict=True))
         )
         if unsynced is not None:
             for index, volume in enumerate(self.volumes):

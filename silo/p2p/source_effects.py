@@ -43,6 +43,7 @@ _VERDICTS = {Verdict.WON: Event.WON, Verdict.LOST: Event.LOST, Verdict.FENCED: E
 
 
 FENCE_ATTEMPTS = 3
+"""When everything has arrived already."""
 
 
 class SourceEffects:
@@ -140,7 +141,7 @@ class SourceEffects:
         parts = self._p
         await parts.group.flush()
         parts.pusher.stop()
-        volumes = parts.rounds.end()
+        volumes = parts.rounds.end(self._offer.volumes)
         body = HandoverBody(
             migration=parts.id,
             group=parts.group.name,

@@ -138,14 +138,18 @@ class _Pipe:
             if self._ended:
                 return 0
             await self._change()
-        part = self._arrived.popleft()
-        count = min(len(part), len(buffer))
-        buffer[:count] = part[:count]
-        if count < len(part):
-            self._arrived.appendleft(part[count:])
-        self._under_way -= count
+        total = 0
+        while self._arrived and self._arrived[0] and total < len(buffer):
+            # As on a real stream, what was sent apart may be received together.
+            part = self._arrived.popleft()
+            count = min(len(part), len(buffer) - total)
+            buffer[total : total + count] = part[:count]
+            if count < len(part):
+                self._arrived.appendleft(part[count:])
+            total += count
+        self._under_way -= total
         self._wake()
-        return count
+        return total
 
     def fail(self, sender: SiloError, receiver: SiloError) -> None:
         """Whoever waits or comes later gets the error for its side; what was under way is lost."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silo.errors import RemoteProtocolError
-from silo.p2p.chunksets import SET_WINDOW, decode_window, encode_set, join_sets
+from silo.p2p.chunksets import SET_WINDOW, decode_window, encode_run, encode_set
 
 COUNT = 3 * SET_WINDOW + 77
 
@@ -48,11 +48,11 @@ def test_a_whole_disk_is_a_few_bytes():
     assert [len(data) for _, data in encode_set(np.arange(COUNT, dtype=np.int64))] == [9] * 4
 
 
-def test_a_joined_set_has_no_duplicates():
-    """Sets that overlap become one ascending set."""
-    parts = [np.array([5, 6, 9]), np.array([1, 6]), np.array([], dtype=np.int64)]
-    assert join_sets(parts).tolist() == [1, 5, 6, 9]
-    assert join_sets([]).tolist() == []
+def test_one_run_needs_no_list():
+    """A window with one run can be made without its members."""
+    for first, count in ((500, 1), (5, 100), (0, SET_WINDOW)):
+        ((window, data),) = encode_set(np.arange(first, first + count))
+        assert (window, data) == (0, encode_run(first, count))
 
 
 def runs(*pairs: tuple[int, int]) -> bytes:

@@ -89,18 +89,21 @@ def test_cold_chunks_that_the_store_has_are_not_sent():
 
     async def play(here: Scene) -> None:
         await here.guest.stop("a")
+        here.guest.writes = 0.0
         await here.a.group.volumes["disk"].write(0, b"full" * (16 * CHUNK))
+        here.guest.model["disk"][:] = b"full" * (16 * CHUNK)
         assert await here.a.link.sync()
         for volume in here.a.group.volumes.values():
             volume.heat.read_view[:] = 0
         await here.a.group.volumes["disk"].write(5 * CHUNK, b"new." * (CHUNK // 4))
+        here.guest.model["disk"][5 * CHUNK : 6 * CHUNK] = b"new." * (CHUNK // 4)
         here.a.group.volumes["disk"].heat.read_view[20:30] = 100
         report = await here.migrate()
         await here.target.wait_evacuated()
         assert report.bytes_peer == CHUNK + 8 * CHUNK  # the dirty one, and the budget of hot ones
         disk = here.b.group.volumes["disk"]
         present = disk.chunks.select(7, Residency.PRESENT).tolist()
-        assert present == [5, *range(20, 28)]
+        assert {5, *range(20, 28)} <= set(present)
         assert disk.chunks.select_dirty(SYNC_DIRTY).tolist() == [5]
 
     assert simulate(play)
