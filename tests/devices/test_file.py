@@ -202,7 +202,9 @@ async def test_a_second_open_is_refused_and_names_the_holder(tmp_path: Path) -> 
 # ---------------------------------------------------------------------------------------------- two speeds
 
 
-FAST_DISK = "this disk answers before the kernel has refused (a non-blocking read starts the read-ahead, then looks)"
+FAST_DISK = (
+    "this disk answers before the kernel has refused (a non-blocking read starts the read-ahead, then looks)"
+)
 
 
 def evict(device: FileDevice) -> None:
