@@ -107,6 +107,25 @@ async def test_a_status_that_will_never_come(tmp_path):
     assert await monitor.play(tmp_path, MIGRATE, "@pre-switchover", STOP) == (1, complaint)
 
 
+@pytest.mark.parametrize("end", [{}, {"status": "cancelled"}, {"status": "completed"}])
+async def test_waiting_for_the_end(tmp_path, end):
+    """A cancelled migration goes on for a moment, in which the machine cannot be continued."""
+    states = iter([{"status": "active"}, {"status": "cancelling"}, end])
+
+    class Ending(Monitor):
+        async def serve(self, reader, writer):
+            writer.write(b'{"QMP": {}}\n')
+            while line := await reader.readline():
+                self.heard.append(json.loads(line)["execute"])
+                answer = next(states) if self.heard[-1] == "query-migrate" else {}
+                writer.write(json.dumps({"return": answer}).encode() + b"\n")
+            writer.close()
+
+    monitor = Ending({})
+    assert await monitor.play(tmp_path, "@over", STOP) == (0, "")
+    assert monitor.heard == ["qmp_capabilities", *["query-migrate"] * 3, "stop"]
+
+
 async def test_nobody_is_there(tmp_path):
     """A hook must not take silence for success."""
     process = await asyncio.create_subprocess_exec(

@@ -14,17 +14,10 @@ from silo.sync.probe import Probe, probe_store
 from silo.sync.s3_location import EtagForm, S3Client, S3Credentials, parse_s3_url
 from silo.sync.s3_store import S3Store
 from silo.testing.check_store import check_store
-from tests.support.radosgw import missing_programs, radosgw_server
+from tests.support.radosgw import radosgw_server
 from tests.support.s3 import S3Server
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        bool(missing_programs()),
-        reason="Ceph is not installed (Debian packages radosgw ceph-mon ceph-osd ceph-common)",
-    ),
-]
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,14 @@ class ExpectedLogs(logging.Handler):
         super().__init__(logging.WARNING)
         self.seen: list[logging.LogRecord] = []
         self._expected: list[re.Pattern[str]] = []
+        self._allowed: list[re.Pattern[str]] = []
 
     def __call__(self, pattern: str) -> None:
         self._expected.append(re.compile(pattern))
+
+    def allow(self, pattern: str) -> None:
+        """Such a record is fine, and so is its absence: which of two comes first is not the test's to decide."""
+        self._allowed.append(re.compile(pattern))
 
     def __enter__(self) -> Self:
         logging.getLogger().addHandler(self)
@@ -50,7 +55,7 @@ class ExpectedLogs(logging.Handler):
         problems = [
             f"unexpected {record.levelname} of {record.name}: {record.getMessage()}"
             for record in self.seen
-            if not any(pattern.search(record.getMessage()) for pattern in self._expected)
+            if not any(pattern.search(record.getMessage()) for pattern in self._expected + self._allowed)
         ]
         problems += [
             f"expected in the log, but missing: {pattern.pattern}"

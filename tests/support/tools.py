@@ -30,6 +30,11 @@ PACKAGES = {
     "mke2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "debugfs": "e2fsprogs",
+    "radosgw": "radosgw",
+    "radosgw-admin": "radosgw",
+    "ceph-mon": "ceph-mon",
+    "ceph-osd": "ceph-osd",
+    "ceph": "ceph-common",
 }
 """Where Debian keeps each program."""
 
