@@ -22,6 +22,7 @@ from silo.geometry import Geometry
 from silo.heatmap import HALF_LIFE_DEFAULT_S, HeatMap
 from silo.localchunks import MapKeeper
 from silo.names import check_group_name, check_volume_name
+from silo.throttle import Throttle
 from silo.volume import Volume
 
 __all__ = ["CopyLimits", "Group"]
@@ -51,6 +52,8 @@ class Group:
         self.name = check_group_name(name)
         self.clock = clock
         self.gate = Gate(is_open=is_open)
+        self.throttle = Throttle(clock, self._slow_down)
+        """Whoever must carry away what the guest writes may limit that here."""
         self.volumes: dict[str, Volume] = {}
         self._copies = copies or CopyLimits()
         self._half_life_s = half_life_s
@@ -75,7 +78,13 @@ class Group:
             name, device, shape, self.gate, chunks=chunks, heat=heat, keeper=keeper, read_only=read_only
         )
         self.volumes[name] = volume
+        self._slow_down()
         return volume
+
+    def _slow_down(self) -> None:
+        throttle = self.throttle if self.throttle.rate_bps is not None else None
+        for volume in self.volumes.values():
+            volume.slow_down(throttle)
 
     @property
     def cut(self) -> Cut | None:

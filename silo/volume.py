@@ -35,6 +35,7 @@ from silo.geometry import Geometry
 from silo.heatmap import HeatMap
 from silo.hydration import Hydration
 from silo.localchunks import PRESENT, ZERO, ZERO_UNPUNCHED, MapKeeper
+from silo.throttle import Throttle
 from silo.zeros import zeros
 
 __all__ = ["Volume"]
@@ -62,6 +63,14 @@ class Volume(Hydration):
     ) -> None:
         super().__init__(name, device, geometry, gate, chunks=chunks, heat=heat, keeper=keeper)
         self.read_only = read_only
+        self._throttle: Throttle | None = None
+        self._declines = read_only
+        """No write is served synchronously: the volume is read-only, or its guest is slowed down."""
+
+    def slow_down(self, throttle: Throttle | None) -> None:
+        """From now on writes pay here for the chunks that they make dirty; ``None``: they do not any more."""
+        self._throttle = throttle
+        self._declines = self.read_only or throttle is not None
 
     # ---- the guest's side -------------------------------------------------------------------------------
 
@@ -153,9 +162,9 @@ class Volume(Hydration):
             state & BLOCKS_WRITE != PRESENT
             or (offset + len(data) - 1) >> self._shift != first
             or not self.gate.is_open
-            or self.read_only
+            or self._declines
         ):
-            return self._write_uncommon_nowait(offset, data)
+            return not self._declines and self._write_uncommon_nowait(offset, data)
         marked = state | self._marks
         if marked != state:
             self._states[first] = marked
@@ -168,7 +177,7 @@ class Volume(Hydration):
 
     def _write_uncommon_nowait(self, offset: int, data: Buffer) -> bool:
         length = len(data)
-        if self.read_only or self._obstacle(offset, length) is not None:
+        if self._obstacle(offset, length) is not None:
             return False
         first, limit = self.geometry.touched(offset, length)
         self.chunks.mark_run(first, limit, self._marks)
@@ -190,11 +199,19 @@ class Volume(Hydration):
         if self.read_only:
             raise InvalidRequestError(f"{self.name} is read-only")
         length = len(data)
-        while not self.write_nowait(offset, data):
+        if self._throttle is not None:
+            await self._throttle.pay(self._fresh_bytes(offset, length))
+        while not self._write_uncommon_nowait(offset, data):
             obstacle = self._obstacle(offset, length)
             if obstacle is None:
                 return await self._write_device(offset, data)
             await obstacle()
+
+    def _fresh_bytes(self, offset: int, length: int) -> int:
+        """What a write to the extent adds to what must be carried away: its chunks that are not dirty yet."""
+        first, limit = self.geometry.touched(offset, length)
+        marks = self._marks
+        return sum(state & marks != marks for state in self._states[first:limit]) << self._shift
 
     def zero_nowait(self, offset: int, length: int) -> bool:
         """As `zero` when that is one bounded step, else do nothing and return False."""

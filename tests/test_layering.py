@@ -21,7 +21,7 @@ RINGS: dict[int, str] = {
     MACHINES: "checkpoint chunkmap dirtymap heatmap records zeros",
     PORTS: "abc",
     DRIVERS: """chunklocks clock files frozen gate group hydration linux localchunks mapfile sockets statedir tasks
-        threads volume volumestate""",
+        threads throttle volume volumestate""",
     FACES: """__main__ agent arriving cli config control daemon demo exporting host hosted hydrator metrics moving
         opening restoring storelink testing trio""",
 }
