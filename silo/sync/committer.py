@@ -16,6 +16,7 @@ from silo.abc import Clock, ObjectStore
 from silo.errors import CapacityError, CorruptionError, InvariantError, SiloError, UnavailableError
 from silo.frozen import Cut
 from silo.group import Group
+from silo.sync.amendments import Amendments
 from silo.sync.checkpointer import Checkpoint, changed_bytes, write_checkpoint
 from silo.sync.claim import Owner
 from silo.sync.head import Head, VolumeInfo, WriterState
@@ -56,6 +57,8 @@ class Committer:
         self.sender = ObjectSender(store, group.name, settings, clock)
         self.map_error: SiloError | None = None
         """Why the last checkpoint that was due could not be written. Commits go on without it."""
+        self.amendments = Amendments()
+        """What the next commit shall change beside the content."""
         self._group = group
         self._register = register
         self._settings = settings
@@ -72,7 +75,8 @@ class Committer:
     def is_idle(self, cut: Cut) -> bool:
         """Whether there is nothing at all to do for this cut, not even a checkpoint that cannot wait."""
         overdue = len(self.manifest.head.segments) >= 4 * self._settings.checkpoint_segments
-        return cut.is_empty and not overdue and volume_infos(self._group) == self.manifest.head.volumes
+        changed = volume_infos(self._group) != self.manifest.head.volumes
+        return cut.is_empty and not (overdue or changed or self.amendments.changes(self.manifest.head))
 
     async def upload(self, cut: Cut) -> Checkpoint | None:
         """Store what the commit of the cut will refer to. Goes on for as long as the store does not answer.
@@ -89,7 +93,8 @@ class Committer:
 
     async def _write_checkpoint(self, owner: Owner) -> Checkpoint | None:
         head = self.manifest.head
-        due = checkpoint_due(
+        wanted = self.amendments.wants_checkpoint and bool(head.segments)
+        due = wanted or checkpoint_due(
             segments=len(head.segments),
             soft_limit=self._settings.checkpoint_segments,
             page_bytes=changed_bytes(self.manifest),
@@ -104,6 +109,7 @@ class Committer:
             self.map_error = error
             return None
         self.map_error = None
+        self.amendments.wants_checkpoint = False
         return made
 
     async def commit(self, cut: Cut, checkpoint: Checkpoint | None) -> None:
@@ -143,12 +149,14 @@ class Committer:
         if head is None:
             raise InvariantError("a commit was tried before the claim")
         volumes = volume_infos(self._group)
-        changes = bool(self._pending.segments) or volumes != head.volumes
-        if not changes and checkpoint is None:
+        # A checkpoint has other objects, so it is another generation: records and the floor tell them by the number.
+        changes = bool(self._pending.segments) or volumes != head.volumes or checkpoint is not None
+        amended = self.amendments.applied(head)
+        if not changes and amended == head:
             return None
         listed = head.segments if checkpoint is None else ()
         return msgspec.structs.replace(
-            head,
+            amended,
             generation=head.generation + changes,
             cut_time=cut.time_wall if changes else head.cut_time,
             state=WriterState.OPEN,

@@ -31,6 +31,7 @@ from silo.sync.layout import (
     SEQ_MAX,
     check_readable,
     is_incarnation,
+    parse_pin_key,
     parse_segment_key,
 )
 from silo.sync.segment import FOOTER_SIZE, VOLUMES_MAX
@@ -39,6 +40,8 @@ __all__ = [
     "HEAD_SIZE_MAX",
     "ClaimRecord",
     "Head",
+    "Keeping",
+    "Kept",
     "PartRef",
     "RootRef",
     "SegmentRef",
@@ -46,7 +49,10 @@ __all__ = [
     "WriterState",
     "encode_head",
     "parse_head",
+    "parse_record",
 ]
+
+LABEL_LENGTH_MAX = 200
 
 HEAD_SIZE_MAX = 64 * 1024 * 1024
 """More than the list of segments of a first cut of many TiB needs; a bound for what is read into memory."""
@@ -106,6 +112,28 @@ class RootRef(msgspec.Struct, frozen=True):
     stored: PartRef | None = None
 
 
+class Keeping(enum.Enum):
+    """Why a copy of a head is kept."""
+
+    POINT = "point"
+    """Somebody may want this generation back."""
+    FORK = "fork"
+    """Another group refers to what this generation refers to."""
+    READER = "reader"
+    """Somebody reads this generation just now."""
+
+
+class Kept(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What makes a copy of a head a record: why it is kept. See `silo.sync.pins`."""
+
+    why: Keeping
+    created: float
+    """POSIX seconds by the clock of whoever made the record."""
+    label: str = ""
+    holder: str = ""
+    """The group that a fork is."""
+
+
 class ClaimRecord(msgspec.Struct, frozen=True):
     """How the present epoch came about. Kept by every later commit of that epoch."""
 
@@ -139,12 +167,16 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     """Since the root, in the order in which they apply."""
     root: RootRef | None = None
     gc_floor: int = 0
-    """Reserved for the collector: generations below it may lose their segments."""
+    """Generations below it may have lost their segments, unless a record keeps them."""
     claim: ClaimRecord | None = None
     lease: str | None = None
     """Reserved for leases."""
     hot: PartRef | None = None
-    """Reserved for the list of chunks that are read first after a start."""
+    """The chunks that are read first after a start."""
+    parents: tuple[str, ...] = ()
+    """Keys of the pins in other groups that keep what this group refers to there."""
+    kept: Kept | None = None
+    """Only in records, never in the register."""
 
     def volume(self, name: str) -> VolumeInfo | None:
         """The volume of this name."""
@@ -179,6 +211,14 @@ def parse_head(data: Buffer, group: str) -> Head:
     except InvalidRequestError as error:
         raise CorruptionError(f"the head names what cannot exist: {error.message}") from None
     return head
+
+
+def parse_record(data: Buffer, group: str) -> Head:
+    """A record of ``group``: a copy of its head with a reason why it is kept."""
+    record = parse_head(data, group)
+    if record.kept is None:
+        raise CorruptionError(f"a record of group {group} does not say why it is kept")
+    return record
 
 
 class _Versions(msgspec.Struct):
@@ -220,6 +260,13 @@ def _check(head: Head, group: str) -> None:
             _check_part(head.root.stored)
     if head.hot is not None:
         _check_part(head.hot)
+    for parent in head.parents:
+        parse_pin_key(parent)
+    if head.kept is not None:
+        label = head.kept.label
+        _require(len(label) <= LABEL_LENGTH_MAX and (not label or label.isprintable()), "label")
+        if head.kept.holder:
+            check_group_name(head.kept.holder)
 
 
 def _check_part(part: PartRef) -> None:

@@ -4,7 +4,8 @@
 
     <group>/head                                            the register, changed only by compare-and-swap
     <group>/segments/<shard>/<epoch>-<seq>-<incarnation>    immutable: chunks, or pages of the map
-    <group>/points/<generation>                             immutable records of kept restore points
+    <group>/points/<generation>                             records of kept restore points
+    <group>/pins/<token>                                    records of who else needs a generation
     <group>/proofs/<token>                                  short-lived: two hosts prove that they see one store
 
 A segment key is never used twice: ``epoch`` belongs to one writer, ``incarnation`` is drawn at random when
@@ -42,9 +43,13 @@ __all__ = [
     "head_key",
     "is_incarnation",
     "pack_preamble",
+    "parse_pin_key",
     "parse_preamble",
     "parse_segment_key",
+    "pin_key",
+    "pins_prefix",
     "point_key",
+    "points_prefix",
     "proof_key",
     "segments_prefix",
 ]
@@ -58,6 +63,7 @@ GENERATION_MAX = 10**12 - 1
 
 _HEX16 = re.compile(r"[0-9a-f]{16}\Z")
 _HEX32 = re.compile(r"[0-9a-f]{32}\Z")
+_PIN_KEY = re.compile(r"(?P<group>[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127})/pins/(?P<token>[0-9a-f]{32})\Z")
 _SEGMENT_KEY = re.compile(
     r"(?P<group>[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127})/segments/(?P<shard>[0-9a-f]{2})/"
     r"(?P<epoch>[0-9]{10})-(?P<seq>[0-9]{12})-(?P<incarnation>[0-9a-f]{16})\Z"
@@ -87,6 +93,34 @@ def point_key(group: str, generation: int) -> str:
     if not 0 <= generation <= GENERATION_MAX:
         raise InvalidRequestError(f"generation {generation} is out of range")
     return f"{group}/points/{generation:012d}"
+
+
+def points_prefix(group: str) -> str:
+    """What the keys of all kept restore points of a group begin with."""
+    check_group_name(group)
+    return f"{group}/points/"
+
+
+def pin_key(group: str, token: str) -> str:
+    """The key of a pin in ``group``; ``token`` has 32 hexadecimal digits."""
+    check_group_name(group)
+    if _HEX32.match(token) is None:
+        raise InvalidRequestError("the token of a pin is not 32 hexadecimal digits")
+    return f"{group}/pins/{token}"
+
+
+def pins_prefix(group: str) -> str:
+    """What the keys of all pins in a group begin with."""
+    check_group_name(group)
+    return f"{group}/pins/"
+
+
+def parse_pin_key(key: str) -> tuple[str, str]:
+    """``(group, token)`` of the key of a pin. Raises `CorruptionError` when it is not one."""
+    match = _PIN_KEY.match(key)
+    if match is None:
+        raise CorruptionError(f"{key[:120]!r} is not the key of a pin")
+    return match["group"], match["token"]
 
 
 def proof_key(group: str, token: str) -> str:

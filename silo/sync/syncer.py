@@ -35,6 +35,7 @@ from silo.errors import (
 )
 from silo.frozen import Cut
 from silo.group import Group
+from silo.sync.amendments import Amendments
 from silo.sync.claim import check_volumes
 from silo.sync.committer import Committer, volume_infos
 from silo.sync.manifest import Manifest
@@ -123,6 +124,11 @@ class Syncer:
     def generation(self) -> int:
         """The newest committed generation."""
         return self.manifest.head.generation
+
+    @property
+    def amendments(self) -> Amendments:
+        """What the next commit shall change beside the content. `sync_now` makes it come at once."""
+        return self._committer.amendments
 
     @property
     def status(self) -> SyncStatus:

@@ -21,7 +21,7 @@ from silo.errors import (
 from silo.geometry import Geometry
 from silo.group import CopyLimits
 from silo.sync.claim import Expectation
-from silo.sync.head import WriterState, encode_head, parse_head
+from silo.sync.head import PartRef, WriterState, encode_head, parse_head
 from silo.sync.memory_store import MemoryStore
 from silo.sync.status import SyncPhase
 from silo.sync.store_faults import FaultKind, Outcome, Verb
@@ -453,7 +453,7 @@ async def test_a_huge_first_cut_is_followed_by_a_checkpoint(clock: SimulatedCloc
         assert await it.syncer.sync_now() == 1
         assert len(it.head.segments) == 5
         await it.syncer.sync_now()
-        assert (it.head.generation, it.head.segments) == (1, ())
+        assert (it.head.generation, it.head.segments) == (2, ())  # other objects, so another generation
         assert await restored(store.client(), clock) == it.image()
         requests = len(store.log)
         await it.syncer.sync_now()
@@ -633,3 +633,26 @@ async def test_a_full_temporary_directory_abandons_the_cut(
         volume.reserve = reserve  # type: ignore[method-assign]
         assert await it.syncer.sync_now() == 1
         assert await restored(store.client(), clock) == it.image()
+
+
+@simulated
+async def test_an_amendment_rides_with_the_next_commit(clock: SimulatedClock) -> None:
+    """It costs no request of its own; asked for, it is committed alone, and is no new generation."""
+    store = MemoryStore(clock)
+    async with syncing(store.client(), clock) as it:
+        it.syncer.amendments.gc_floor = 1
+        await it.write(1, b"a")
+        assert await it.syncer.sync_now() == 1
+        assert it.head.gc_floor == 1
+        requests = len(store.log)
+        await it.syncer.sync_now()
+        assert len(store.log) == requests
+        it.syncer.amendments.hot = PartRef(it.head.segments[0].key, 16, 10, "0" * 64)
+        assert await it.syncer.sync_now() == 1
+        assert it.head.hot is not None
+        assert len(store.log) == requests + 1
+        it.syncer.amendments.wants_checkpoint = True
+        assert await it.syncer.sync_now() == 2
+        assert (it.head.segments, it.head.root is not None) == ((), True)
+        await it.syncer.sync_now()
+        assert len(store.log) == requests + 3
