@@ -347,7 +347,11 @@ class Workload(abc.ABC):
         """Source, when the migration was aborted: run on as if nothing had happened."""
 
     def fence(self, step: Step) -> Awaitable[None] | None:
-        """Source, after the target has taken over: make sure that the guest can never run here again."""
+        """Make sure that the guest can never run here again.
+
+        Source: after the target has taken over. Target: after an attempt that was aborted, if `prepare` was called;
+        whatever that has started must end.
+        """
         return None
 
     def probe(self, step: Step) -> Awaitable[Health] | Health:

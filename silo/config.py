@@ -44,6 +44,7 @@ from silo.settings import parse_duration, parse_rate, parse_size
 __all__ = [
     "GroupConfig",
     "IncomingConfig",
+    "MigrationConfig",
     "ServeConfig",
     "SyncConfig",
     "VolumeConfig",
@@ -128,6 +129,18 @@ class SyncConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return None if self.bandwidth is None else parse_rate(self.bandwidth)
 
 
+class MigrationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How groups move, to here and away."""
+
+    workload_timeout: str | float = "30s"
+    """For each hook of a workload."""
+
+    @property
+    def workload_timeout_s(self) -> float:
+        """The same in seconds."""
+        return parse_duration(self.workload_timeout)
+
+
 class IncomingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is done with groups that arrive. Nothing a peer sends chooses a path; this does."""
 
@@ -144,6 +157,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     peer: str = ""
     insecure_peer: bool = False
     sync: SyncConfig = SyncConfig()
+    migration: MigrationConfig = MigrationConfig()
     incoming: IncomingConfig = IncomingConfig()
     groups: dict[str, GroupConfig] = {}
     workload: WorkloadConfig = WorkloadConfig()
@@ -185,6 +199,9 @@ def check_config(config: ServeConfig, origin: str) -> ServeConfig:
             raise InvalidRequestError("the interval must be positive")
         if config.sync.bandwidth_bps is not None and config.sync.bandwidth_bps <= 0:
             raise InvalidRequestError("the bandwidth must be positive")
+        where = f"{origin}: migration"
+        if config.migration.workload_timeout_s <= 0:
+            raise InvalidRequestError("the timeout of hooks must be positive")
         for url in (config.listen, config.peer):
             where = f"{origin}: address {url!r}"
             _check_address(url)

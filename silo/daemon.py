@@ -28,6 +28,7 @@ from silo.hooks.command import CommandWorkload
 from silo.host import Host
 from silo.hosted import HostedGroup
 from silo.opening import VolumeSpec
+from silo.p2p.settings import MigrationSettings
 from silo.p2p.transport import PlainTransport
 from silo.sync.settings import SyncSettings
 
@@ -49,7 +50,10 @@ async def serve_until_told(config: ServeConfig, say: Say, *, host_is_dead: bool 
         loop.add_signal_handler(number, signals.received)
     try:
         transport = PlainTransport(insecure_tcp=config.insecure_peer)
-        async with Host(config.state, listen=config.peer or None, transport=transport) as host:
+        migration = MigrationSettings(workload_timeout_s=config.migration.workload_timeout_s)
+        async with Host(
+            config.state, listen=config.peer or None, transport=transport, migration=migration
+        ) as host:
             daemon = _Daemon(host, config, say)
             await daemon.open_groups(host_is_dead=host_is_dead)
             async with (

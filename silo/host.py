@@ -303,7 +303,11 @@ class Host:
     ) -> HostedGroup:
         exporter = self._running_exporter()
         runner = WorkloadRunner(
-            workload, self.clock, group=group.name, devices=lambda: exporter.first_uris(group.name)
+            workload,
+            self.clock,
+            group=group.name,
+            devices=lambda: exporter.first_uris(group.name),
+            timeout_s=self._migration.workload_timeout_s,
         )
         return HostedGroup(
             group, state, link, runner, exporter, self._running_site(), self._tasks, self._gone

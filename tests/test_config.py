@@ -20,6 +20,9 @@ listen = "unix:/run/silo/{group}.sock"
 interval = "2s"
 bandwidth = "100Mbit"
 
+[migration]
+workload_timeout = "90s"
+
 [incoming]
 directory = "/srv"
 
@@ -51,6 +54,7 @@ def test_a_full_file_is_understood(tmp_path: Path) -> None:
     assert config.listen_urls("vm1") == ["unix:/run/vm1.sock", "tcp:127.0.0.1:10809"]
     assert config.listen_urls("other") == ["unix:/run/silo/other.sock"]
     assert config.workload.commands == {"suspend": "true"}
+    assert config.migration.workload_timeout_s == 90.0
 
 
 def test_flags_make_the_same_config_as_the_file(tmp_path: Path) -> None:
@@ -92,6 +96,7 @@ def test_a_flag_beats_the_file(tmp_path: Path) -> None:
         ("sotre = 'x'", "sotre"),
         ("[sync]\ninterval = '5 parsecs'", "parsecs"),
         ("[sync]\ninterval = 0", "positive"),
+        ("[migration]\nworkload_timeout = 0", "positive"),
         ("[groups.vm1.volumes.disk]\npath = 'd'\nsize = '8 bananas'", "bananas"),
         ("[groups.vm1.volumes.disk]\npath = 'd'\nchunk_size = '5K'", "5K"),
         ("[groups.vm1.volumes.disk]\nsize = '8G'", "path"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -226,3 +227,24 @@ async def test_status_and_heat_tell_the_truth(tmp_path: Path) -> None:
         assert picture["reads"].index(max(picture["reads"])) == 2
         assert picture["residency"][0] == "PRESENT"
         assert picture["residency"][-1] == "ZERO"
+
+
+async def test_a_store_that_becomes_a_file_is_an_alarm_and_no_end(tmp_path: Path) -> None:
+    """The guest goes on, the status says what is wrong, and everything is stored once somebody has mended it."""
+    fill(tmp_path / "disk.img")
+    store = tmp_path / "store"
+    async with Host(tmp_path / "state") as host:
+        group = await host.open_group(
+            "vm1", {"disk": FileDevice(tmp_path / "disk.img")}, store=f"file://{store}", sync=QUICK
+        )
+        await group.sync_now()
+        store.rename(tmp_path / "aside")
+        store.write_text("not a directory")
+        await group.volumes["disk"].write(0, b"while it is a file")
+        while not group.status()["sync"]["last_error"]:
+            await asyncio.sleep(0.01)
+        assert bytes(await group.volumes["disk"].read(0, 18)) == b"while it is a file"
+        store.unlink()
+        (tmp_path / "aside").rename(store)
+        assert await group.sync_now() > 1
+        assert not group.status()["sync"]["last_error"]

@@ -15,6 +15,7 @@ from silo.errors import InvalidRequestError, MigrationAborted, SiloError
 from silo.events import Phase, PhaseEntered
 from silo.hooks.inprocess import CallbackWorkload
 from silo.hosted import HostedGroup
+from silo.p2p.settings import MigrationSettings
 from silo.sync.memory_store import MemoryStore
 
 MIB = 1 << 20
@@ -189,6 +190,32 @@ async def test_a_disk_of_the_wrong_size_is_refused(tmp_path: Path) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(accept_wrongly())
             with pytest.raises(MigrationAborted):
+                async with group.migrate(f"unix:{tmp_path}/b.sock") as migration:
+                    await migration.wait_released()
+        assert group.phase == "running"
+
+
+async def test_hooks_have_as_long_as_the_host_is_told(tmp_path: Path) -> None:
+    """A hook that hangs ends the attempt after the host's own timeout."""
+
+    async def hang(step: object) -> None:
+        await asyncio.Event().wait()
+
+    workload = CallbackWorkload(suspend=hang, unsuspend=lambda step: None)
+    settings = MigrationSettings(workload_timeout_s=0.2)
+    async with (
+        Host(tmp_path / "a", migration=settings) as a,
+        Host(tmp_path / "b", listen=f"unix:{tmp_path}/b.sock") as b,
+    ):
+        group = await a.open_group("vm1", {"disk": MemoryDevice(SIZE)}, workload=workload)
+
+        async def arrive() -> None:
+            with contextlib.suppress(SiloError):
+                await take_in(b, None)
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(arrive())
+            with pytest.raises(MigrationAborted, match="suspend of the workload of vm1 was not done"):
                 async with group.migrate(f"unix:{tmp_path}/b.sock") as migration:
                     await migration.wait_released()
         assert group.phase == "running"

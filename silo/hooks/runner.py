@@ -7,7 +7,8 @@ check of what came back, and an error that names the hook. The order of the hook
 * source: ``quiesce``, ``suspend``, ``flush``, ``capture``, before the gate closes, so that a VM manager may
   still write and flush; and at the very end ``fence``;
 * target: ``prepare`` early, ``resume`` and ``unquiesce`` after the claim;
-* source, after a failure before the claim: ``unsuspend``, ``unquiesce``, whichever hooks had been called.
+* source, after a failure before the claim: ``unsuspend``, ``unquiesce``, whichever hooks had been called; target
+  then: ``fence``, when it was prepared.
 
 Hooks that the workload does not have, or that its `silo.abc.Capabilities` rule out, take no time and always
 succeed. Repeating a call calls the hook again: being idempotent is the workload's part of the contract.
@@ -156,7 +157,7 @@ class WorkloadRunner:
             log.error("the workload of %s cannot run on after its suspension: start it again", self.group)
 
     async def fence(self) -> None:
-        """Source, after the target has taken over: make sure that the guest can never run here again."""
+        """The guest runs on the other host, now or still: make sure that it can never run here."""
         await self._call("fence")
 
     async def probe(self) -> Health:

@@ -12,8 +12,15 @@ import asyncio
 import attrs
 
 from silo.chunkmap import Residency
-from silo.errors import CorruptionError, FencedError, InvalidRequestError, InvariantError, UnavailableError
-from silo.events import Phase, Progress
+from silo.errors import (
+    CorruptionError,
+    FencedError,
+    InvalidRequestError,
+    InvariantError,
+    SiloError,
+    UnavailableError,
+)
+from silo.events import Phase, Progress, StepFailed
 from silo.group import Group
 from silo.p2p.driver import Driver, Perform
 from silo.p2p.handover import Effect, Event, Mark, TargetState
@@ -27,6 +34,8 @@ from silo.p2p.target_session import TargetSession
 from silo.p2p.watch import Watch
 
 __all__ = ["TargetEffects", "TargetParts"]
+
+FENCE_ATTEMPTS = 3
 
 
 @attrs.define(eq=False)
@@ -62,6 +71,8 @@ class TargetEffects:
         self._settings = parts.site.settings
         self._changed = parts.driver.changed
         self._workload_s = 0.0
+        self._is_prepared = parts.offer is None
+        """The hook ``prepare`` was called, perhaps by an earlier process."""
 
     def table(self) -> dict[Effect, Perform]:
         """The method of each effect."""
@@ -109,6 +120,7 @@ class TargetEffects:
         await parts.group.gate.close_and_drain()
         await self._check(offer)
         await parts.installer.start_empty()
+        self._is_prepared = True
         await parts.plugs.guest.prepare()
         await parts.watch.ask(Phase.PRE_COPY)
         offer.decide(parts.session)
@@ -283,3 +295,19 @@ class TargetEffects:
         if self._p.offer is not None:
             self._p.offer.refuse(reason)
         await self._p.session.say(Declined(message=reason))
+        await self._undo_prepare()
+
+    async def _undo_prepare(self) -> None:
+        """What ``prepare`` has started must not stay here. Tried a few times; a failure is told."""
+        if not self._is_prepared:
+            return
+        for _ in range(FENCE_ATTEMPTS):
+            try:
+                await self._p.plugs.guest.fence()
+            except SiloError as error:
+                self._p.watch.tell(
+                    StepFailed, step="fence", reason=str(error), retry_s=self._settings.retry_min_s
+                )
+                await asyncio.sleep(self._settings.retry_min_s)
+            else:
+                return

@@ -135,6 +135,9 @@ class MemoryClient(ObjectStore):
             raise self._failed(operation, Outcome.FAILED, "the store did not answer")
         if kind is FaultKind.SLOW_DOWN:
             raise self._failed(operation, Outcome.FAILED, "the store asks to slow down (503)")
+        if kind is FaultKind.REFUSE:
+            operation.outcome = Outcome.FAILED
+            raise InvalidRequestError(f"access denied: {operation.verb.value} {operation.key}")
         operation.outcome = Outcome.DONE
         try:
             result = act()

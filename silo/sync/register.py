@@ -37,7 +37,7 @@ from silo.sync.claim import (
 )
 from silo.sync.head import Head, VolumeInfo, WriterState, encode_head, parse_head
 from silo.sync.layout import head_key, proof_key
-from silo.sync.retry import Backoff, Trouble, bounded
+from silo.sync.retry import STORE_TROUBLE, Backoff, Trouble, bounded
 from silo.sync.settings import RetrySettings
 
 __all__ = ["Prepare", "Register"]
@@ -198,7 +198,7 @@ class Register:
         """Replace the head by ``following``, which gets a fresh nonce, and return what was committed.
 
         `FencedError` when another owner is found, now and for ever after; `CorruptionError` when the head was
-        changed or removed by hand. Repeats as long as the store does not answer. After a cancellation the
+        changed or removed by hand. Repeats as long as the store does not answer or refuses. After a cancellation the
         outcome may be unknown: ``outstanding`` shows it, and `settle` finds it out.
         """
         async with self._turn:
@@ -245,7 +245,7 @@ class Register:
                 if etag is not None:
                     return self._adopt(attempt.head, etag)
                 found = await self._get()
-            except UnavailableError as error:
+            except STORE_TROUBLE as error:
                 await asyncio.sleep(self._backoff.failed(error))
                 continue
             unchanged = found is not None and found.etag == attempt.match

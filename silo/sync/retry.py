@@ -13,12 +13,17 @@ from typing import TypeVar
 import attrs
 
 from silo.abc import Clock
-from silo.errors import SiloError, UnavailableError
+from silo.errors import CapacityError, InvalidRequestError, SiloError, UnavailableError
 from silo.sync.settings import RetrySettings
 
-__all__ = ["Backoff", "Trouble", "bounded"]
+__all__ = ["STORE_TROUBLE", "Backoff", "Trouble", "bounded"]
 
 T = TypeVar("T")
+
+STORE_TROUBLE = (UnavailableError, InvalidRequestError, CapacityError)
+"""What a store may answer to a request that was right: no answer, no right, no room. When the group is being opened
+the last two are mistakes that its owner should hear of at once; later they are troubles that pass when somebody mends
+them, and no reason to lose what is waiting to be stored."""
 
 
 @attrs.frozen
@@ -45,6 +50,8 @@ class Backoff:
         since = self.trouble.since if self.trouble else self._clock.monotonic()
         self.trouble = Trouble(error, attempts + 1, since)
         delay = min(self._settings.delay_max_s, self._settings.delay_min_s * 2.0 ** min(attempts, 60))
+        if isinstance(error, InvalidRequestError):
+            delay = self._settings.refused_delay_s
         # Half fixed, half chance: clients that failed together must not come back together.
         return delay * (0.5 + int.from_bytes(self._clock.token(4), "little") / 2**33)
 

@@ -15,7 +15,7 @@ from silo.errors import InvariantError, UnavailableError
 from silo.sync.claim import Owner
 from silo.sync.layout import SegmentName
 from silo.sync.planner import TokenBucket, UploadWindow
-from silo.sync.retry import Backoff, Trouble, bounded
+from silo.sync.retry import STORE_TROUBLE, Backoff, Trouble, bounded
 from silo.sync.settings import SyncSettings
 
 __all__ = ["ObjectSender"]
@@ -86,7 +86,7 @@ class ObjectSender:
                 check()
             try:
                 await self._create(name, buffers, size)
-            except UnavailableError as error:
+            except STORE_TROUBLE as error:
                 self.window.failed()
                 delay = backoff.failed(error)
                 self.trouble = backoff.trouble

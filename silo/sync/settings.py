@@ -17,11 +17,14 @@ class RetrySettings:
 
     delay_min_s: float = 0.1
     delay_max_s: float = 15.0
+    refused_delay_s: float = 30.0
+    """After a refusal, such as for want of rights: somebody must mend it, and that takes a while."""
     request_timeout_s: float = 60.0
     """One request that takes longer counts as unanswered: for 32 MiB that is half a megabyte per second."""
 
     def __attrs_post_init__(self) -> None:
-        if not 0 < self.delay_min_s <= self.delay_max_s or self.request_timeout_s <= 0:
+        positive = min(self.delay_min_s, self.refused_delay_s, self.request_timeout_s) > 0
+        if not positive or self.delay_min_s > self.delay_max_s:
             raise InvalidRequestError("delays must be positive, and the least not above the largest")
 
 

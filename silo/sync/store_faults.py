@@ -56,6 +56,8 @@ class FaultKind(enum.Enum):
     """`UnavailableError`, and nothing was done."""
     SLOW_DOWN = "slow down"
     """The same, in the words of a store that asks for fewer requests (503)."""
+    REFUSE = "refuse"
+    """`InvalidRequestError`, and nothing was done: the rights were taken away."""
     LOSE_RESPONSE = "lose response"
     """Done, but the caller gets `UnavailableError`."""
     LATE = "late"

@@ -2,9 +2,10 @@
 
 One *cycle* is: take the cut; upload it; wait until commits are not held; compare-and-swap the head. It ends with
 the cut committed or abandoned; abandoned, all of its chunks are dirty again, so a failure never loses one.
-While the store does not answer a cycle goes on trying. What ends it is something that trying on cannot mend: old
-content was lost because room ran out, the local disk failed. Then the next cycle begins with a fresh cut, after a
-delay that grows, and after the head has been seen to be still ours.
+While the store does not answer, or refuses what it took before, a cycle goes on trying, which the status shows.
+What ends it is something that trying on cannot mend: old content was lost because room ran out, the local disk
+failed. Then the next cycle begins with a fresh cut, after a delay that grows, and after the head has been seen to
+be still ours.
 
 A *hold* keeps commits back while there must be none: at the source of a migration from the offer on, at the
 target until everything has arrived (safety rule 1). While there is a hold no cut is taken either, because a
@@ -25,9 +26,7 @@ from typing import Self
 
 from silo.abc import Clock, ObjectStore
 from silo.errors import (
-    CapacityError,
     ClosedError,
-    CorruptionError,
     FencedError,
     InvariantError,
     SiloError,
@@ -283,7 +282,9 @@ class Syncer:
     async def _try_cycle(self) -> None:
         try:
             await self._cycle()
-        except (CapacityError, CorruptionError, UnavailableError) as error:
+        except (FencedError, InvariantError, ClosedError):
+            raise
+        except SiloError as error:
             self._abandoned += 1
             self._committer.abandoned()
             self._phase = SyncPhase.FAILING

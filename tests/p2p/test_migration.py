@@ -236,8 +236,25 @@ def test_a_hook_that_fails_before_the_claim_ends_in_unsuspend(hook, with_store):
             await here.migrate()
         await here.check_stayed()
         assert here.a.hooks.calls[-2:] == ["unsuspend", "unquiesce"] or hook == "prepare"
+        if here.b.hooks.calls:  # what its preparation has started does not stay
+            assert here.b.hooks.calls == ["prepare", "fence"]
 
     assert simulate(play, with_store=with_store)
+
+
+def test_a_target_ends_what_its_preparation_has_started():
+    """After an aborted attempt, with a few attempts of its own; and a failure to do so delays nobody."""
+
+    async def play(here: Scene) -> None:
+        here.a.hooks.failing = {"suspend": 1}
+        here.b.hooks.failing = {"fence": 2}
+        with pytest.raises(MigrationAborted):
+            await here.migrate()
+        await here.check_stayed()
+        await here.until(lambda: here.b.hooks.calls == ["prepare", "fence", "fence", "fence"])
+        assert [event.step for event in here.b.events if isinstance(event, StepFailed)] == ["fence"] * 2
+
+    assert simulate(play)
 
 
 def test_an_unsuspend_that_fails_is_tried_again():

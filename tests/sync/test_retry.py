@@ -29,6 +29,17 @@ def test_delays_double_up_to_the_largest_and_half_of_each_is_chance() -> None:
     run_simulated(scenario, seed=1)
 
 
+def test_a_refusal_is_asked_about_again_after_a_long_while() -> None:
+    async def scenario(clock: SimulatedClock) -> None:
+        backoff = Backoff(clock, RetrySettings(delay_min_s=1.0, delay_max_s=8.0, refused_delay_s=100.0))
+        for _ in range(20):
+            assert 50 <= backoff.failed(InvalidRequestError("access denied")) <= 100
+        backoff.succeeded()
+        assert backoff.failed(UnavailableError("x")) < 1.0
+
+    run_simulated(scenario, seed=1)
+
+
 def test_a_request_without_an_answer_has_an_unknown_outcome() -> None:
     async def scenario(clock: SimulatedClock) -> None:
         before = clock.monotonic()
@@ -42,7 +53,12 @@ def test_a_request_without_an_answer_has_an_unknown_outcome() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"delay_min_s": 0.0}, {"delay_min_s": 3.0, "delay_max_s": 2.0}, {"request_timeout_s": 0.0}],
+    [
+        {"delay_min_s": 0.0},
+        {"delay_min_s": 3.0, "delay_max_s": 2.0},
+        {"request_timeout_s": 0.0},
+        {"refused_delay_s": 0.0},
+    ],
 )
 def test_impossible_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidRequestError):

@@ -213,6 +213,38 @@ async def test_an_outage_is_visible_and_loses_nothing(clock: SimulatedClock) -> 
         assert status.rpo_s < 1
 
 
+async def be_refused(clock: SimulatedClock, key: str) -> None:
+    store = MemoryStore(clock)
+    async with syncing(store.client(), clock) as it:
+        await it.write(0, b"before")
+        await it.syncer.sync_now()
+        rule = store.inject(FaultKind.REFUSE, Verb.PUT_IF, Verb.GET, key=key, times=None)
+        await it.write(1, b"during")
+        await asyncio.sleep(600)
+        await it.write(2, b"later")
+        status = it.syncer.status
+        assert "access denied" in status.error
+        assert 590 < status.rpo_s < 620
+        assert 20 < status.attempts < 60
+        assert stored_head(store).generation == 1
+        store.rules.remove(rule)
+        assert await it.syncer.sync_now() == 3
+        assert await restored(store.client(), clock) == it.image()
+        assert it.syncer.status.error == ""
+
+
+@simulated
+async def test_a_refused_segment_is_visible_and_ends_nothing(clock: SimulatedClock) -> None:
+    """Rights that are taken away while a group is synced: an alarm, patience, and all of it stored when they return."""
+    await be_refused(clock, "*/segments/*")
+
+
+@simulated
+async def test_a_refused_head_is_visible_and_ends_nothing(clock: SimulatedClock) -> None:
+    """The same for the register, whose outstanding attempt stays the only one."""
+    await be_refused(clock, "*/head")
+
+
 @simulated
 async def test_a_cut_that_outgrows_its_copies_is_abandoned_visibly(
     clock: SimulatedClock, expect_log: ExpectedLogs
