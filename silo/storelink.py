@@ -295,6 +295,13 @@ class StoreLink:
             return Verdict.LOST if claimed else Verdict.FENCED
         return Verdict.WON
 
+    async def has_committed(self, terms: Terms) -> bool:
+        """Source: whether the target has committed after its claim."""
+        head = await self.register.read()
+        if head is None or head.claim is None or head.claim.nonce != terms.nonce:
+            return False
+        return head.generation > max(terms.generations)
+
 
 def without_secrets(url: str) -> str:
     """A store's URL as it may be written down: the place, and nothing that could carry a secret."""

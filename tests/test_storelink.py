@@ -206,3 +206,24 @@ async def test_a_proof_is_found_only_in_the_same_store() -> None:
 def test_secrets_are_not_written_down() -> None:
     """What follows the place in a URL stays out of records."""
     assert without_secrets("s3://bucket/prefix?secret=hunter2") == "s3://bucket/prefix"
+
+
+async def test_a_commit_of_the_new_owner_says_that_everything_has_arrived() -> None:
+    """A claim alone does not, nor does a commit of somebody else."""
+    scene = Scene()
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        source, target = await scene.link(), await scene.link()
+        await source.claim_opening((), [INFO], force=False)
+        offered = terms(source)
+        assert not await source.has_committed(offered)
+        await target.claim(offered)
+        assert not await source.has_committed(offered)
+        group = scene.group()
+        await target.start(group, tasks)
+        assert target.syncer is not None
+        await group.volumes["disk"].write(0, b"new here")
+        await target.syncer.sync_now()
+        assert await source.has_committed(offered)
+        assert not await source.has_committed(terms(target, "another migration"))
+        await target.close(drain=False)
+        await source.close(drain=False)

@@ -60,6 +60,11 @@ class Ownership(Protocol):
         Repeats until the store has answered; may be asked again after a cancellation or a restart.
         """
 
+    async def has_committed(self, terms: Terms) -> bool:
+        """Source: whether whoever claimed under these terms has committed since, which nobody may before everything
+        has arrived there (safety rule 1). Asks once; `UnavailableError` when the store does not answer.
+        """
+
 
 class Records(Protocol):
     """Small things that survive a restart, per group. See `silo.statedir.GroupState`."""

@@ -210,14 +210,29 @@ class SourceEffects:
 
     # ---- the group is the target's ----------------------------------------------------------------------
 
-    async def serve(self) -> None:
-        """Make sure that the guest cannot come back here; chunks are served by the link until the target has all."""
-        self._p.watch.enter(Phase.POST_COPY)
+    async def serve(self) -> Event:
+        """Make sure that the guest cannot come back here; chunks are served by the link until the target has all.
+
+        The target says when that is. One that has evacuated and ended meanwhile says nothing any more, but then it
+        has committed: while the link is down, the register is asked.
+        """
+        parts = self._p
+        parts.watch.enter(Phase.POST_COPY)
+        while not await self._fence():
+            await asyncio.sleep(parts.driver.retry_delay_s())
+        ownership = parts.plugs.ownership
         while True:
-            if await self._fence():
-                break
-            await asyncio.sleep(self._p.driver.retry_delay_s())
-        await self._changed.until(lambda: False)
+            await self._changed.until(lambda: parts.link.bulk is None and ownership is not None)
+            await asyncio.sleep(self._settings.silence_s)
+            if ownership is None or parts.link.bulk is not None:
+                continue
+            try:
+                if await ownership.has_committed(self._offer.terms):
+                    return Event.EVACUATED
+            except SiloError as error:
+                parts.watch.tell(
+                    StepFailed, step="ask the register", reason=str(error), retry_s=self._settings.silence_s
+                )
 
     async def _fence(self) -> bool:
         """Try once, unless it is done; a failure is told."""

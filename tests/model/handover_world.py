@@ -253,7 +253,9 @@ def _awaiting(world: World, rules: Rules, side: str) -> dict[Event | None, World
 
 
 def _serving(world: World, rules: Rules, side: str) -> dict[Event | None, World]:
-    return {None: world}
+    """A commit of the target in the register says as much as its message; none comes before it is evacuated."""
+    committed = rules.register and world.owner is Owner.TARGET and world.target.mark is Mark.EVACUATED
+    return {None: world, V.EVACUATED: world} if committed else {None: world}
 
 
 def _installing(world: World, rules: Rules, side: str) -> dict[Event | None, World]:

@@ -175,6 +175,10 @@ class Link(ChunkSource):
                 return self.epoch
             await asyncio.sleep(0.1)
 
+    async def has_committed(self, terms: Terms) -> bool:
+        await self.store.request()
+        return self.store.nonce == terms.nonce and self.store.generation > max(terms.generations)
+
     async def reclaim(self, terms: Terms, nonce: str) -> Verdict:
         while True:
             with contextlib.suppress(UnavailableError):
@@ -195,6 +199,15 @@ class Link(ChunkSource):
 # ------------------------------------------------------------------------------------------------- the guest
 
 
+@attrs.frozen
+class Done:
+    """One write of the guest, when it is clear what became of it."""
+
+    name: str
+    start: int
+    content: bytes
+
+
 class Guest:
     """See the module. It outlives the host process that serves its disks, as a virtual machine does."""
 
@@ -211,6 +224,8 @@ class Guest:
         self.running: set[str] = set()
         """On which hosts it runs. More than one is the end of the world."""
         self.requests = 0
+        self.history: list[Done] = []
+        """Its writes, in order."""
         self.pause_s = pause_s
         self.writes = 0.5
         """How much of what it does is writing."""
@@ -261,6 +276,7 @@ class Guest:
         if self._flushes:
             await volume.flush()
         model[start:stop] = content
+        self.history.append(Done(name, start, content))
         self._unclear = None
 
     async def _look_again(self, group: Group) -> None:
@@ -278,6 +294,7 @@ class Guest:
             model[start + offset : start + offset + BLOCK] = block
         if self._flushes:
             await group.volumes[name].flush()
+        self.history.append(Done(name, start, found))
         self._unclear = None
 
     def start(self, host: str, group: Group) -> None:
