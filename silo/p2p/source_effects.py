@@ -218,7 +218,9 @@ class SourceEffects:
         """
         parts = self._p
         parts.watch.enter(Phase.POST_COPY)
-        while not await self._fence():
+        while True:
+            if await self._fence():
+                break
             await asyncio.sleep(parts.driver.retry_delay_s())
         ownership = parts.plugs.ownership
         while True:
