@@ -74,7 +74,7 @@ CONVERSATION: Final[dict[_Step, Phase]] = {
     **_stay(
         P.HANDED, Side.SOURCE, (K.ZEROS, K.CHUNK, K.WITHDRAW, K.DRAINED, K.RELEASED)
     ),
-    **_stay(P.HANDED, Side.TARGET, (K.ACK, K.DECLINED, K.TAKEN, K.NEED, K.NEED_END, K.EVACUATED)),
+    **_stay(P.HANDED, Side.TARGET, (K.ACK, K.AT_WORK, K.DECLINED, K.TAKEN, K.NEED, K.NEED_END, K.EVACUATED)),
     **_stay(P.DEMAND, Side.SOURCE, (K.CHUNK, K.UNAVAILABLE)),
     **_stay(P.DEMAND, Side.TARGET, (K.WANT,)),
     **{

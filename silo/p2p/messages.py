@@ -29,6 +29,7 @@ __all__ = [
     "VOLUMES_MAX",
     "Accept",
     "Ack",
+    "AtWork",
     "Declined",
     "Drained",
     "Evacuated",
@@ -219,6 +220,14 @@ class Handover(msgspec.Struct, frozen=True, kw_only=True):
     digest: Digest
 
 
+class AtWork(msgspec.Struct, frozen=True, kw_only=True):
+    """Target: it deals with the handover and is not done. Repeated, so that a slow store or a slow workload is not
+    taken for a host that died."""
+
+    claimed: bool
+    """The claim is won; what takes time is the workload."""
+
+
 class Taken(msgspec.Struct, frozen=True, kw_only=True):
     """Target: the claim is won, and the workload runs. Repeated on every connection until evacuated."""
 
@@ -281,7 +290,7 @@ class Unavailable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Message = (
-    Hello | Welcome | Refused | Offer | Accept | Heat | Invalidate | Zeros | Ack | Handover | Taken | Declined
+    Hello | Welcome | Refused | Offer | Accept | Heat | Invalidate | Zeros | Ack | Handover | AtWork | Taken | Declined
     | Withdraw | Need | NeedEnd | Drained | Evacuated | Released | Want | Unavailable
 )  # fmt: skip
 
@@ -296,6 +305,7 @@ _TYPES: Final[dict[type[msgspec.Struct], FrameType]] = {
     Zeros: FrameType.ZEROS,
     Ack: FrameType.ACK,
     Handover: FrameType.HANDOVER,
+    AtWork: FrameType.AT_WORK,
     Taken: FrameType.TAKEN,
     Declined: FrameType.DECLINED,
     Withdraw: FrameType.WITHDRAW,

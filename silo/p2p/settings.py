@@ -45,7 +45,10 @@ class MigrationSettings:
     """Before the handover, how long either side waits for a broken link to return before it gives the
     migration up."""
     answer_timeout_s: float = 10.0
-    """How long the source waits for the answer to the handover before it asks for the group back."""
+    """How long the source waits, after the handover, for a sign of the target before it asks for the group back."""
+    claim_timeout_s: float = 60.0
+    """How long a target that gives such signs may take for its claim: a few round trips to the store, each of which
+    may have to be repeated. The guest stands still meanwhile."""
     workload_timeout_s: float = 30.0
     """For each hook of the workload, unless the migration's deadline is earlier."""
     progress_s: float = 0.5

@@ -9,7 +9,9 @@ any await when a message decides the state; then another state's duties make it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 
 import msgspec
 from blake3 import blake3
@@ -175,12 +177,22 @@ class SourceEffects:
             parts.pusher.start()
 
     async def await_answer(self) -> Event:
-        """Until a message decides, or for so long."""
-        try:
-            async with asyncio.timeout(self._settings.answer_timeout_s):
-                await self._changed.until(lambda: False)
-        except TimeoutError:
-            self._p.driver.error = UnavailableError("the target did not answer the handover in time")
+        """Until a message decides. A target that says nothing is given ``answer_timeout_s``, one that says that it is
+        still claiming ``claim_timeout_s``. Once it has claimed, the arbiter could only confirm that, so then it has
+        all the time that its workload needs, as long as it says so."""
+        clock, session = self._clock, self._p.session
+        answer_s = self._settings.answer_timeout_s
+        limit = claim_limit = clock.monotonic() + self._settings.claim_timeout_s
+        reason = "the target did not answer the handover in time"
+        with contextlib.suppress(TimeoutError):
+            while (now := clock.monotonic()) < limit:
+                async with asyncio.timeout(min(answer_s, limit - now)):
+                    await self._changed.until(lambda: session.work is not None)
+                if session.work is not None:
+                    limit = math.inf if session.work.claimed else claim_limit
+                    reason = "the target could not claim the group in time"
+                    session.work = None
+        self._p.driver.error = UnavailableError(reason)
         return Event.TIMEOUT
 
     async def reclaim(self) -> Event:

@@ -18,6 +18,7 @@ from silo.p2p.messages import (
     PROTOCOL_VERSIONS,
     Accept,
     Ack,
+    AtWork,
     Declined,
     Evacuated,
     Hello,
@@ -61,6 +62,8 @@ class SourceSession:
         self.proof = ""
         self.is_declined = False
         """The target has said that it never claimed and never will."""
+        self.work: AtWork | None = None
+        """The target's newest sign of life since the handover; whoever waits for one takes it away."""
         self._host = host
         self._group = group
         self._migration = migration
@@ -143,6 +146,8 @@ class SourceSession:
         match message:
             case Ack():
                 self._rounds.planner.landed(self._fresh(message.pushes))
+            case AtWork():
+                self.work = message
             case Taken():
                 self._note(message)
                 self._post(Event.TAKEN, None)

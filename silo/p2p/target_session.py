@@ -32,6 +32,7 @@ from silo.p2p.installer import Installer
 from silo.p2p.messages import (
     Accept,
     Ack,
+    AtWork,
     Drained,
     Handover,
     Heat,
@@ -62,6 +63,8 @@ from silo.tasks import task_group
 __all__ = ["TargetSession"]
 
 _GONE = frozenset({TargetState.DISCARDING, TargetState.DISCARDED})
+_AT_WORK = frozenset({TargetState.RECORDING, TargetState.CLAIMING, TargetState.RESUMING})
+"""States in which the guest runs nowhere."""
 _OURS = frozenset({TargetState.RESUMING, TargetState.RUNNING})
 """States in which the source may still have something that we need."""
 
@@ -152,6 +155,7 @@ class TargetSession:
             self._changed.notify()
             async with task_group() as tasks:
                 tasks.create_task(channel.keep_alive())
+                tasks.create_task(self._tell_work(channel))
                 if is_resumed:
                     tasks.create_task(self._tell_standing(channel))
                 await self._read(channel)
@@ -199,6 +203,13 @@ class TargetSession:
         if self._state() in _OURS:
             await channel.send(*self._need())
         await channel.send(*self._standing())
+
+    async def _tell_work(self, channel: Channel) -> Never:
+        """While the source waits for us with its guest stopped, it hears that we are at work."""
+        while True:
+            await self._changed.until(lambda: self._state() in _AT_WORK)
+            await channel.send(AtWork(claimed=self._state() is TargetState.RESUMING))
+            await asyncio.sleep(self._settings.keepalive_s)
 
     async def say_need(self) -> None:
         """Say on the present link everything that only the source has."""

@@ -88,6 +88,7 @@ class FrameType(enum.IntEnum):
     WANT = 21
     UNAVAILABLE = 22
     PING = 23
+    AT_WORK = 24
 
 
 class Encoding(enum.IntEnum):

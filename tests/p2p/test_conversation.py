@@ -43,7 +43,7 @@ def test_a_whole_migration_on_one_connection():
     pair.say(Side.TARGET, K.ACK)
     assert pair.say(Side.SOURCE, K.PART, K.HANDOVER) is Phase.HANDED
     pair.say(Side.SOURCE, K.CHUNK, K.ZEROS, K.DRAINED)
-    pair.say(Side.TARGET, K.ACK, K.TAKEN, K.NEED, K.NEED_END, K.EVACUATED)
+    pair.say(Side.TARGET, K.ACK, K.AT_WORK, K.TAKEN, K.NEED, K.NEED_END, K.EVACUATED)
     assert pair.say(Side.SOURCE, K.RELEASED) is Phase.HANDED
 
 

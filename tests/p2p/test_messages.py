@@ -12,6 +12,7 @@ from silo.errors import LocalProtocolError, RemoteProtocolError
 from silo.p2p.messages import (
     Accept,
     Ack,
+    AtWork,
     Declined,
     Drained,
     Evacuated,
@@ -56,6 +57,7 @@ EVERY: list[Message] = [
     Invalidate(round=9, volume=1, window=2, chunks=b"\x02\x01"),
     Zeros(round=9, volume=1, window=2, chunks=b"\x02\x01"),
     Ack(pushes=1 << 40),
+    AtWork(claimed=True),
     Handover(length=5, digest=bytes(32)),
     Taken(epoch=3, workload_s=0.5),
     Declined(message="disk full"),
