@@ -86,9 +86,8 @@ class ChunkLocks:
 
     def busy(self, first: int, limit: int) -> int | None:
         """A busy chunk of the run, if there is one."""
-        locked = self._chunks.select(LOCKED, LOCKED, first, limit)
-        if len(locked):
-            return int(locked[0])
+        if bool((self._chunks.view[first:limit] & LOCKED).any()):
+            return int(self._chunks.select(LOCKED, LOCKED, first, limit)[0])
         return next((chunk for chunk in self._writers if first <= chunk < limit), None)
 
     async def wait(self, chunk: int) -> None:

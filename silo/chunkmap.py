@@ -20,6 +20,10 @@ Beside the states there is a summary: for every window of 4096 chunks, which dir
 taking the dirty chunks of a large volume costs what was written, not what exists. A summary bit may be set
 without need, never missing.
 
+Some steps touch the whole map and cannot be divided: a cut right after a guest has trimmed its disk. They stay
+short because they are one pass over the bytes, and because whole runs of a real disk are in one state
+(`ChunkMap.translate`).
+
 Nothing here waits, does I/O or knows about time. The owner of the map is the `silo.volume.Volume`.
 """
 
@@ -48,8 +52,10 @@ __all__ = [
     "Residency",
     "after_restart",
     "indices_of",
+    "is_even",
     "join_indices",
     "runs_of",
+    "runs_where",
 ]
 
 Indices = npt.NDArray[np.int64]
@@ -80,6 +86,8 @@ DIRTY_BITS = SYNC_DIRTY | SYNC_IN_CUT | MIGRATION_DIRTY
 
 WINDOW_SHIFT = 12
 WINDOW = 1 << WINDOW_SHIFT
+STRETCH = 64
+"""Neighbouring windows that are looked at together: what numpy works on then stays in the processor's caches."""
 
 
 def runs_of(indices: Indices) -> list[tuple[int, int]]:
@@ -90,6 +98,23 @@ def runs_of(indices: Indices) -> list[tuple[int, int]]:
     firsts = indices[np.concatenate(([0], breaks))]
     lasts = indices[np.concatenate((breaks - 1, [len(indices) - 1]))]
     return [(int(first), int(last) + 1) for first, last in zip(firsts, lasts, strict=True)]
+
+
+def is_even(states: npt.NDArray[np.uint8]) -> bool:
+    """Whether all of them are the same. Usually they are, or differ at once: disks are full and empty in long runs."""
+    return bool(states[0] == states[-1]) and bool((states == states[0]).all())
+
+
+def runs_where(wanted: npt.NDArray[np.bool_], first: int = 0) -> list[tuple[int, int]]:
+    """The runs in which ``wanted`` is true, as chunks of which ``first`` is the one that it begins with."""
+    if not len(wanted):
+        return []
+    edges = (np.flatnonzero(wanted[1:] != wanted[:-1]) + (first + 1)).tolist()
+    if wanted[0]:
+        edges.insert(0, first)
+    if wanted[-1]:
+        edges.append(first + len(wanted))
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def indices_of(runs: Iterable[tuple[int, int]]) -> Indices:
@@ -128,7 +153,7 @@ class ChunkMap:
     must also set it in ``summary[chunk >> WINDOW_SHIFT]``.
     """
 
-    __slots__ = ("count", "states", "summary", "view")
+    __slots__ = ("_summary_view", "count", "states", "summary", "view")
 
     def __init__(self, buffer: bytearray | memoryview, count: int) -> None:
         if len(buffer) != count:
@@ -137,7 +162,9 @@ class ChunkMap:
         self.states = memoryview(buffer)
         self.view: npt.NDArray[np.uint8] = np.frombuffer(buffer, dtype=np.uint8)
         self.summary = bytearray((count + WINDOW - 1) >> WINDOW_SHIFT)
-        self._summarise()
+        self._summary_view: npt.NDArray[np.uint8] = np.frombuffer(self.summary, dtype=np.uint8)
+        for window in range(0, len(self.summary), STRETCH):
+            self._summarise(window, min(window + STRETCH, len(self.summary)))
 
     @classmethod
     def filled(cls, count: int, residency: Residency) -> ChunkMap:
@@ -145,9 +172,20 @@ class ChunkMap:
         buffer = bytearray(count) if residency == 0 else bytearray([residency]) * count
         return cls(buffer, count)
 
-    def _summarise(self) -> None:
-        for window, states in self._windows(0, self.count):
-            self.summary[window] = int(np.bitwise_or.reduce(states)) & DIRTY_BITS
+    def _summarise(self, first: int, limit: int) -> npt.NDArray[np.uint8]:
+        """Correct the summary of a run of windows; the dirty bits that occur in each."""
+        found = np.empty(limit - first, dtype=np.uint8)
+        whole = min(limit, self.count >> WINDOW_SHIFT)
+        if whole > first:
+            # Eight states at a time.
+            words = self.view[first << WINDOW_SHIFT : whole << WINDOW_SHIFT].view(np.uint64)
+            folded = np.bitwise_or.reduce(words.reshape(whole - first, -1), axis=1)
+            found[: whole - first] = np.bitwise_or.reduce(folded.view(np.uint8).reshape(-1, 8), axis=1)
+        if whole < limit:
+            found[-1] = np.bitwise_or.reduce(self.view[whole << WINDOW_SHIFT :])
+        found &= np.uint8(DIRTY_BITS)
+        self._summary_view[first:limit] = found
+        return found
 
     def _windows(self, first: int, limit: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
         for window in range(first >> WINDOW_SHIFT, (limit + WINDOW - 1) >> WINDOW_SHIFT):
@@ -176,11 +214,31 @@ class ChunkMap:
         """Say in the summary that dirty bits were set in the window of ``chunk``."""
         self.summary[chunk >> WINDOW_SHIFT] |= bits
 
+    def note_run(self, first: int, limit: int, bits: int) -> None:
+        """As `note`, for the windows of a run of chunks."""
+        self._summary_view[first >> WINDOW_SHIFT : (limit - 1 >> WINDOW_SHIFT) + 1] |= np.uint8(bits)
+
     def mark_run(self, first: int, limit: int, bits: int) -> None:
         """Set dirty bits of a run of chunks."""
-        for window, states in self._windows(first, limit):
-            states |= bits
-            self.summary[window] |= bits
+        self.view[first:limit] |= np.uint8(bits)
+        self.note_run(first, limit, bits)
+
+    def translate(self, first: int, limit: int, table: bytes) -> bool:
+        """Let each state of a run become ``table[state]``, in one store each; whether any has changed.
+
+        Says nothing to the summary. About 0.1 ms per million chunks in one state, and 1 ms for any others.
+        """
+        states = self.view[first:limit]
+        if is_even(states):
+            sample = int(states[0])
+            states.fill(table[sample])
+            return table[sample] != sample
+        old = states.tobytes()
+        new = old.translate(table)
+        if new == old:
+            return False
+        states[:] = np.frombuffer(new, dtype=np.uint8)
+        return True
 
     def mark_many(self, indices: Indices, bits: int) -> None:
         """Set dirty bits of any chunks."""
@@ -207,18 +265,15 @@ class ChunkMap:
         ]
 
     def dirty_windows(self, bits: int) -> Iterator[tuple[int, npt.NDArray[np.uint8]]]:
-        """``(first, states)`` of the windows that have any of the dirty ``bits``, ascending.
+        """``(first, states)`` of windows that have any of the dirty ``bits``, ascending, neighbours joined.
 
         Costs what is dirty, not what exists: the summary says where to look, and is corrected where it is late.
         """
-        for window, seen in enumerate(self.summary):
-            if seen & bits:
-                first = window << WINDOW_SHIFT
-                states = self.view[first : first + WINDOW]
-                found = int(np.bitwise_or.reduce(states)) & DIRTY_BITS
-                self.summary[window] = found
-                if found & bits:
-                    yield first, states
+        for low, high in runs_of(np.flatnonzero(self._summary_view & np.uint8(bits))):
+            for start in range(low, high, STRETCH):
+                found = self._summarise(start, min(start + STRETCH, high))
+                for first, limit in runs_of(np.flatnonzero(found & np.uint8(bits)) + start):
+                    yield first << WINDOW_SHIFT, self.view[first << WINDOW_SHIFT : limit << WINDOW_SHIFT]
 
     def select_dirty(self, bits: int, mask: int = 0, value: int = 0) -> Indices:
         """Ascending indices of the chunks with any of the dirty ``bits`` and whose state, masked, equals ``value``.

@@ -31,11 +31,37 @@ from silo.chunkmap import (
     ChunkMap,
     Indices,
     Residency,
-    runs_of,
+    is_even,
+    runs_where,
 )
 from silo.errors import InvariantError
 
-__all__ = ["restore", "settle", "take_migration", "take_sync"]
+Array = npt.NDArray[np.uint8]
+
+__all__ = ["restore", "settle", "take_migration", "take_sync", "thaw"]
+
+
+def _taken(state: int) -> int:
+    """What a take makes of a state: one store, so a process that is killed in between leaves the old or the new."""
+    if not state & SYNC_DIRTY:
+        return state
+    residency = state & RESIDENCY_MASK
+    if residency >= Residency.ZERO:
+        frozen = FROZEN if residency == Residency.PRESENT else 0
+        return state & ~SYNC_DIRTY | SYNC_IN_CUT | frozen
+    if state & (RESIDENCY_MASK | LOCKED) == Residency.ABSENT_STORE:
+        # A write to a chunk in the store failed, and nothing of it is left: the newest content is still there.
+        return state & ~SYNC_DIRTY
+    return state
+
+
+def _restored(state: int) -> int:
+    """What the end of an abandoned cut makes of a state."""
+    return (state | (SYNC_DIRTY if state & SYNC_IN_CUT else 0)) & ~(SYNC_IN_CUT | FROZEN)
+
+
+_TAKEN = bytes(map(_taken, range(256)))
+_RESTORED = bytes(map(_restored, range(256)))
 
 
 def take_sync(chunks: ChunkMap) -> tuple[Indices, list[tuple[int, int]]]:
@@ -47,26 +73,45 @@ def take_sync(chunks: ChunkMap) -> tuple[Indices, list[tuple[int, int]]]:
     if chunks.count_dirty(SYNC_IN_CUT):
         raise InvariantError("a cut was taken while another one is not decided")
     zero: list[tuple[int, int]] = []
+    data: list[tuple[int, Array]] = []
+    count = 0
     for first, states in chunks.dirty_windows(SYNC_DIRTY):
-        _take_window(states)
-        chunks.note(first, SYNC_IN_CUT)
-        for low, high in runs_of(np.flatnonzero(states & (SYNC_IN_CUT | FROZEN) == SYNC_IN_CUT) + first):
-            start = zero.pop()[0] if zero and zero[-1][1] == low else low
-            zero.append((start, high))
-    return chunks.select_dirty(SYNC_IN_CUT, FROZEN, FROZEN), zero
+        limit = first + len(states)
+        chunks.translate(first, limit, _TAKEN)
+        chunks.note_run(first, limit, SYNC_IN_CUT)
+        if is_even(states) and states[0] & (SYNC_IN_CUT | FROZEN) == SYNC_IN_CUT:
+            _extend(zero, [(first, limit)])
+            continue
+        if found := int(np.count_nonzero(states & FROZEN)):
+            data.append((first, states))
+            count += found
+        if found < len(states):
+            _extend(zero, runs_where(states & (SYNC_IN_CUT | FROZEN) == SYNC_IN_CUT, first))
+    return _frozen(data, count), zero
 
 
-def _take_window(states: npt.NDArray[np.uint8]) -> None:
-    dirty = states & SYNC_DIRTY != 0
-    residency = states & RESIDENCY_MASK
-    present = dirty & (residency == Residency.PRESENT)
-    known = dirty & (residency >= Residency.ZERO)
-    # A write to a chunk in the store failed, and nothing of it is left: the newest content is still there.
-    failed = dirty & (states & (RESIDENCY_MASK | LOCKED) == Residency.ABSENT_STORE)
-    # In this order, because a process that is killed in between must leave one of the two bits.
-    states[known] |= np.uint8(SYNC_IN_CUT)
-    states[known | failed] &= np.uint8(0xFF & ~SYNC_DIRTY)
-    states[present] |= np.uint8(FROZEN)
+def _frozen(windows: list[tuple[int, Array]], count: int) -> Indices:
+    """The indices of all ``count`` frozen chunks, in no more memory than that, because that can be every chunk."""
+    indices = np.empty(count, dtype=np.int64)
+    end = 0
+    for first, states in windows:
+        found = np.flatnonzero(states & FROZEN)
+        start, end = end, end + len(found)
+        np.add(found, first, out=indices[start:end])
+    return indices
+
+
+def _extend(runs: list[tuple[int, int]], more: list[tuple[int, int]]) -> None:
+    """Append runs, the first of which may go on where the last one ended."""
+    if runs and more and runs[-1][1] == more[0][0]:
+        more[0] = (runs.pop()[0], more[0][1])
+    runs += more
+
+
+def thaw(chunks: ChunkMap) -> None:
+    """Old content is not needed any more, however the cut ends."""
+    for _, states in chunks.dirty_windows(SYNC_IN_CUT):
+        states &= np.uint8(0xFF & ~FROZEN)
 
 
 def settle(chunks: ChunkMap) -> None:
@@ -78,10 +123,9 @@ def settle(chunks: ChunkMap) -> None:
 def restore(chunks: ChunkMap) -> None:
     """The cut is abandoned: what was in it is dirty."""
     for first, states in chunks.dirty_windows(SYNC_IN_CUT):
-        taken = (states & SYNC_IN_CUT) >> 1
-        states |= taken
-        states &= np.uint8(0xFF & ~(SYNC_IN_CUT | FROZEN))
-        chunks.note(first, SYNC_DIRTY)
+        limit = first + len(states)
+        chunks.translate(first, limit, _RESTORED)
+        chunks.note_run(first, limit, SYNC_DIRTY)
 
 
 def take_migration(chunks: ChunkMap) -> Indices:

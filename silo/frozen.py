@@ -24,7 +24,7 @@ import attrs
 
 from silo.abc import BlockDevice, Buffer
 from silo.chunkmap import FROZEN, ChunkMap
-from silo.dirtymap import restore, settle, take_sync
+from silo.dirtymap import restore, settle, take_sync, thaw
 from silo.errors import CapacityError, InvariantError
 from silo.geometry import Geometry
 
@@ -171,7 +171,7 @@ class VolumeCut:
         if self._is_live:
             self._is_live = False
             self._overflowed = overflowed
-            self._chunks.clear_many(self.data, FROZEN)
+            thaw(self._chunks)
             self._copies.clear()
 
 

@@ -44,9 +44,13 @@ class Gate:
         No deadline: how long a switchover may take is the migration's decision, which ends in `reopen` or `fail`.
         """
         while not self.is_open:
-            if self.error is not None:
-                raise self.error.with_traceback(None)  # else each request would add its own to the shared one
+            self.check()
             await self._opened.wait()
+
+    def check(self) -> None:
+        """Raise the gate's error when it has failed. A closed gate passes: it may open again."""
+        if self.error is not None:
+            raise self.error.with_traceback(None)  # else each request would add its own to the shared one
 
     @contextmanager
     def device_phase(self) -> Iterator[None]:

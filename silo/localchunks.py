@@ -16,6 +16,7 @@ synchronous step or holds the chunk's lock (`silo.chunklocks`) around its await.
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import Protocol
 
 import numpy as np
@@ -56,8 +57,22 @@ PUNCH_BYTES = 256 << 20
 PUNCHES_PER_FLUSH = 64
 """Device calls of a flush that leave the rest of a large TRIM to later ones; a device that cannot punch writes."""
 
+PUNCH_SCAN = 32
+"""Windows of the map that are looked at in one step."""
+
 INLINE_WRITE = 256 * 1024
 """Bytes per synchronous device call of a fill; what a device takes inline (see `silo.devices.file`)."""
+
+
+@functools.cache
+def _zero_table(marks: int) -> bytes:
+    """What zeroing makes of each state: nothing of a chunk that is zero already."""
+    return bytes(
+        state
+        if state & RESIDENCY_MASK in (ZERO, ZERO_UNPUNCHED)
+        else state & ~RESIDENCY_MASK | ZERO_UNPUNCHED | marks
+        for state in range(256)
+    )
 
 
 class MapKeeper(Protocol):
@@ -154,14 +169,10 @@ class LocalChunks:
 
     def _zero_run(self, first: int, limit: int) -> None:
         """Make a run of chunks zero in the map, in one step. None of them may be busy."""
-        states = self.chunks.view[first:limit]
-        changed = states & RESIDENCY_MASK != ZERO
-        if bool(changed.any()):
+        if self.chunks.translate(first, limit, _zero_table(self._marks)):
             self._checkpoint_due = True
             self._unpunched.update(range(first >> WINDOW_SHIFT, (limit - 1 >> WINDOW_SHIFT) + 1))
-            self.chunks.mark_run(first, limit, self._marks)
-            zero = np.where(changed, np.uint8(ZERO_UNPUNCHED), np.uint8(ZERO))
-            states[:] = states & np.uint8(0xFF & ~RESIDENCY_MASK) | zero
+            self.chunks.note_run(first, limit, self._marks)
 
     def record_migration(self, on: bool) -> None:
         """Start or stop marking writes for the migration recorder. Starting begins with every chunk clean."""
@@ -217,7 +228,9 @@ class LocalChunks:
 
         Afterwards, when nothing was in the way, the bare device reads as the volume does.
         """
-        for window in sorted(self._unpunched):
+        for turn, window in enumerate(sorted(self._unpunched), start=1):
+            if turn % PUNCH_SCAN == 0:
+                await asyncio.sleep(0)  # of a whole disk there are thousands, and a cut may want all of them
             low = window << WINDOW_SHIFT
             high = min(low + WINDOW, self.chunks.count)
             for first, limit in self._punchable_runs(low, high):

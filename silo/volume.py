@@ -256,6 +256,17 @@ class Volume(Hydration):
             start = first << self._shift
             await self.zero(start, min(limit << self._shift, self.geometry.size) - start)
 
+    async def flush(self) -> None:
+        """As `LocalChunks.flush`, for a volume that is still ours; the gate's error when that has failed.
+
+        What was acknowledged before another host took the group over is durable on a disk that nobody will read
+        again: saying so would be a lie. A gate that is only closed does not hold a flush up: whatever was
+        acknowledged is in the handover, and the guest may be waiting for the flush in order to stop.
+        """
+        self.gate.check()
+        await super().flush()
+        self.gate.check()  # it may have failed meanwhile
+
     def _edges(self, offset: int, length: int) -> list[tuple[int, int]]:
         """``(start, stop)`` of the parts of an extent that do not cover their chunk."""
         first, limit = self.geometry.covered(offset, length)
