@@ -134,6 +134,13 @@ class MigrationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     workload_timeout: str | float = "30s"
     """For each hook of a workload."""
+    hot: str | int = "512M"
+    """Most of what the store has, too, and is pushed all the same because the guest reads it a lot."""
+
+    @property
+    def hot_bytes(self) -> int:
+        """The same in bytes."""
+        return parse_size(self.hot)
 
     @property
     def workload_timeout_s(self) -> float:
@@ -202,6 +209,8 @@ def check_config(config: ServeConfig, origin: str) -> ServeConfig:
         where = f"{origin}: migration"
         if config.migration.workload_timeout_s <= 0:
             raise InvalidRequestError("the timeout of hooks must be positive")
+        if config.migration.hot_bytes < 0:
+            raise InvalidRequestError("the limit of hot chunks cannot be negative", hint='"0" pushes none')
         for url in (config.listen, config.peer):
             where = f"{origin}: address {url!r}"
             _check_address(url)

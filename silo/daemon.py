@@ -50,7 +50,9 @@ async def serve_until_told(config: ServeConfig, say: Say, *, host_is_dead: bool 
         loop.add_signal_handler(number, signals.received)
     try:
         transport = PlainTransport(insecure_tcp=config.insecure_peer)
-        migration = MigrationSettings(workload_timeout_s=config.migration.workload_timeout_s)
+        migration = MigrationSettings(
+            workload_timeout_s=config.migration.workload_timeout_s, hot_size=config.migration.hot_bytes
+        )
         async with Host(
             config.state, listen=config.peer or None, transport=transport, migration=migration
         ) as host:

@@ -22,6 +22,7 @@ bandwidth = "100Mbit"
 
 [migration]
 workload_timeout = "90s"
+hot = "64M"
 
 [incoming]
 directory = "/srv"
@@ -55,6 +56,7 @@ def test_a_full_file_is_understood(tmp_path: Path) -> None:
     assert config.listen_urls("other") == ["unix:/run/silo/other.sock"]
     assert config.workload.commands == {"suspend": "true"}
     assert config.migration.workload_timeout_s == 90.0
+    assert config.migration.hot_bytes == 64 << 20
 
 
 def test_flags_make_the_same_config_as_the_file(tmp_path: Path) -> None:

@@ -121,7 +121,8 @@ async def _set_up(directory: Path, settings: DemoSettings, clock: Clock, tell: T
     control = directory / "guest.sock"
     plan = GuestPlan(model=str(model), control=str(control), writable=image.writable, seed=seed)
     store = settings.store or f"file://{directory}/store"
-    common = {"store": store, "sync": {"interval": "500ms"}}
+    # The guest reads everywhere, and all of the image would fit into the default: then the store had nothing to do.
+    common = {"store": store, "sync": {"interval": "500ms"}, "migration": {"hot": "48M"}}
     source = DaemonHost(
         "the first host",
         host_a,
