@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 
 __all__ = [
+    "Decided",
     "HandoverDoubt",
     "LinkChanged",
     "MigrationEvent",
@@ -36,6 +37,8 @@ class Phase(enum.Enum):
     CONNECTING = "connecting"
     """Source: until the target has accepted."""
     PRE_COPY = "pre-copy"
+    STORING = "storing"
+    """The group is brought up to date in the store while its guest runs: on the way there, or before a switchover."""
     SWITCHOVER = "switchover"
     """From the decision to stop the guest until it is known who owns the group. Source: a veto is still heard."""
     IN_DOUBT = "in doubt"
@@ -55,6 +58,8 @@ class Outcome(enum.Enum):
 
     RELEASED = "released"
     """Source: the group has moved, and nothing here is needed any more."""
+    STORED = "stored"
+    """Source: the group is whole in the store and runs nowhere; any host may resume it. Nothing here is needed."""
     ABORTED = "aborted"
     """Source: the group has stayed, and its workload runs. Target: nothing has come of it."""
     FENCED = "fenced"
@@ -87,6 +92,25 @@ class PhaseEntered(MigrationEvent):
     phase: Phase
     reason: str = ""
     """For people, where there is something to say."""
+
+
+@attrs.frozen(kw_only=True)
+class Decided(MigrationEvent):
+    """Source: what follows, and why. Told when the decision is another one than before."""
+
+    action: str
+    """``go on``, ``another round``, ``stop the guest``, ``go to the store instead``."""
+    reason: str
+    left_s: float | None = None
+    """Until the deadline; ``None`` without one."""
+    fits_bytes: int | None = None
+    """What can still be carried before it, after a switchover now."""
+    exposed_bytes: int = 0
+    """What would have to be."""
+    late_bytes: int = 0
+    """What will not have been carried by then: more than 0 means that this host must live longer than it was told."""
+    write_bps: float | None = None
+    """The guest's writes are limited to this; ``None``: they are not."""
 
 
 @attrs.frozen(kw_only=True)

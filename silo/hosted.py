@@ -36,6 +36,7 @@ from silo.opening import remember_taken
 from silo.p2p.handover import SourceState
 from silo.p2p.ports import Plugs, Site
 from silo.p2p.records import OFFER_RECORD
+from silo.p2p.settings import MigrationPolicy
 from silo.p2p.source import SourceMigration
 from silo.p2p.target import TargetMigration
 from silo.statedir import GroupState
@@ -175,7 +176,14 @@ class HostedGroup:
 
     # ---- moving -------------------------------------------------------------------------------------------
 
-    def migrate(self, to: str, *, deadline: float | None = None, observers: Sequence[Observer] = ()) -> Move:
+    def migrate(
+        self,
+        to: str,
+        *,
+        deadline: float | None = None,
+        policy: MigrationPolicy | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> Move:
         """Move the group to the host that listens at ``to``: ``tcp:host:port`` or ``unix:/path``.
 
         Use as ``async with group.migrate(...) as move``. ``deadline`` is `Clock.monotonic` time: a switchover that is
@@ -188,7 +196,12 @@ class HostedGroup:
             )
         log = EventLog(self.name, self._clock, observers)
         migration = SourceMigration(
-            self.group, to, self._site, self._plugs(Role.SOURCE, log, deadline), deadline=deadline
+            self.group,
+            to,
+            self._site,
+            self._plugs(Role.SOURCE, log, deadline),
+            deadline=deadline,
+            policy=policy,
         )
         self.move = Move(log, lambda: self._leave(migration), self._tasks.create_task)
         return self.move

@@ -26,7 +26,7 @@ from silo.hooks.observers import Observer, Observers
 
 __all__ = ["EventLog", "Move"]
 
-UNDOABLE = frozenset({None, Phase.CONNECTING, Phase.PRE_COPY})
+UNDOABLE = frozenset({None, Phase.CONNECTING, Phase.PRE_COPY, Phase.STORING})
 
 
 class EventLog:

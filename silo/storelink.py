@@ -19,7 +19,7 @@ from typing import Self
 
 from silo.abc import Buffer, ChunkSource, Clock, ObjectStore
 from silo.chunkmap import RESIDENCY_MASK, ChunkMap, Residency, runs_of
-from silo.errors import FencedError, InvariantError
+from silo.errors import FencedError, InvariantError, UnavailableError
 from silo.group import Group
 from silo.p2p.terms import Standing, Terms, Verdict
 from silo.sync.claim import Expectation, Owner
@@ -30,7 +30,7 @@ from silo.sync.reader import StoreReader
 from silo.sync.register import Prepare, Register
 from silo.sync.restore import mark_absent
 from silo.sync.settings import FetchSettings, SyncSettings
-from silo.sync.status import SyncStatus
+from silo.sync.status import SyncPhase, SyncStatus
 from silo.sync.store_source import StoreSource
 from silo.sync.syncer import Syncer
 
@@ -259,6 +259,25 @@ class StoreLink:
             self._held = False
             if self.syncer is not None:
                 self.syncer.release_hold(MIGRATION_HOLD)
+
+    async def store_all(self) -> None:
+        """Commit what is dirty now. A hold of ours is lifted for as long as that takes."""
+        if self.syncer is None:
+            raise UnavailableError(
+                "nothing is kept in the store yet", hint="try again when the group is running"
+            )
+        was_held = self._held
+        await self.release_commits()
+        try:
+            await self.syncer.sync_now()
+        finally:
+            if was_held:
+                await self.hold_commits()
+
+    def uploaded(self) -> tuple[int, bool]:
+        """Bytes uploaded so far, and whether an upload is under way."""
+        status = self.status
+        return (status.sent_bytes, status.phase is SyncPhase.UPLOADING) if status else (0, False)
 
     async def write_proof(self) -> str:
         """A token that only a host with the same store can find."""

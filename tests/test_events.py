@@ -13,7 +13,8 @@ KINDS = [
     kind for kind in vars(events).values() if isinstance(kind, type) and issubclass(kind, MigrationEvent)
 ]
 SAMPLES = {
-    "str": "text", "float": 1.5, "int": 7, "bool": True, "Phase": Phase.PRE_COPY, "float | None": None,
+    "str": "text", "float": 1.5, "int": 7, "bool": True, "Phase": Phase.PRE_COPY, "int | None": 5,
+    "float | None": None,
 }  # fmt: skip
 
 

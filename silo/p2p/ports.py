@@ -37,6 +37,15 @@ class Ownership(Protocol):
     async def release_commits(self) -> None:
         """Commits may be made again, under the epoch that was claimed last. Idempotent."""
 
+    async def store_all(self) -> None:
+        """Source: return once everything that is dirty now is committed, even while commits are held otherwise.
+
+        No deadline of its own; `FencedError` when another host owns the group. Cancelled, a commit may be outstanding.
+        """
+
+    def uploaded(self) -> tuple[int, bool]:
+        """Bytes that have been uploaded so far, and whether there is more under way. For measuring the store."""
+
     async def write_proof(self) -> str:
         """Source: write a token that only a host with the same store can find. `UnavailableError`."""
 

@@ -21,7 +21,7 @@ again, hottest-read first, because a guest waits for them. Chunks that the store
 sent. Ranks are quantised heat, in eight classes; within a class chunks are sent in the order of the disk.
 
 Pure: numbers in, batches out. Four bytes per chunk, and no step looks at more than the windows that have
-something to send. When the guest is stopped is decided in `silo.p2p.convergence`.
+something to send. When the guest is stopped is decided in `silo.p2p.budget`.
 """
 
 from __future__ import annotations

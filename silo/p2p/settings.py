@@ -6,9 +6,24 @@ import attrs
 
 from silo.errors import InvalidRequestError
 
-__all__ = ["MigrationSettings"]
+__all__ = ["MigrationPolicy", "MigrationSettings"]
 
 MIB = 1024 * 1024
+
+
+@attrs.frozen(kw_only=True)
+class MigrationPolicy:
+    """What whoever asks for a migration may choose."""
+
+    durable_before_switch: bool = False
+    """Everything is committed to the store before the target may claim the group. It lengthens the time in which the
+    guest stands still by the upload of what it wrote last; without it, and until the target has everything, the loss
+    of the source loses what only the source has. Given up, and said, when the deadline leaves no time for it."""
+    evacuate: bool = True
+    """With a deadline: when no target accepts in time, or the link is too slow, bring the group to the store and stop
+    it there, to be resumed elsewhere. Otherwise it stays, and dies with its host."""
+    throttle: bool = True
+    """With a deadline: slow the guest's writes while it must be uploaded faster than it writes."""
 
 
 @attrs.frozen(kw_only=True)
@@ -52,6 +67,8 @@ class MigrationSettings:
     workload_timeout_s: float = 30.0
     """For each hook of the workload, unless the migration's deadline is earlier."""
     progress_s: float = 0.5
+    look_s: float = 0.25
+    """How often the plan is looked at again while content moves (`silo.p2p.budget`)."""
     retry_min_s: float = 0.1
     retry_max_s: float = 10.0
     """Between attempts at what must succeed: a claim, a flush, the resumption of the workload."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 
-from silo.errors import FencedError, MigrationAborted
+from silo.errors import FencedError, InvalidRequestError, MigrationAborted
 from silo.events import MigrationReport, Phase
 from silo.group import Group
 from silo.p2p.driver import Driver
@@ -23,11 +23,13 @@ from silo.p2p.ports import Plugs, Site
 from silo.p2p.pusher import Pusher
 from silo.p2p.records import OfferRecord, decode_offer_record
 from silo.p2p.rounds import Rounds
+from silo.p2p.settings import MigrationPolicy
 from silo.p2p.source_copy import SourceParts
 from silo.p2p.source_effects import SourceEffects
 from silo.p2p.source_link import SourceLink
 from silo.p2p.source_report import SourceReport
 from silo.p2p.source_session import SourceSession
+from silo.p2p.steering import Steering
 from silo.p2p.watch import Watch
 from silo.p2p.wire import MIGRATION_ID_SIZE
 from silo.tasks import task_group
@@ -48,13 +50,20 @@ class SourceMigration:
         plugs: Plugs,
         *,
         deadline: float | None = None,
+        policy: MigrationPolicy | None = None,
         offer: OfferRecord | None = None,
     ) -> None:
         """Move ``group`` to the host that listens at ``url``.
 
         ``deadline`` is the `Clock.monotonic` time by which nothing should need this host any more. ``offer`` is for
-        `restore`.
+        `restore`. `InvalidRequestError` when the policy asks for a store and there is none.
         """
+        policy = policy or MigrationPolicy()
+        if policy.durable_before_switch and plugs.ownership is None:
+            raise InvalidRequestError(
+                f"group {group.name} has no store that could have everything before the switchover",
+                hint="open it with a store, or leave durable_before_switch out",
+            )
         clock, settings = site.clock, site.settings
         self.group = group
         self.id = offer.migration if offer else clock.token(MIGRATION_ID_SIZE)
@@ -73,9 +82,13 @@ class SourceMigration:
             pusher.is_frozen = True
         self._link = SourceLink(url, site, session, pusher, driver.changed)
         self._report = SourceReport(self.id, watch, clock, rounds, pusher, settings.progress_s)
+        self._steering = Steering(
+            group, clock, settings, policy, watch, deadline=deadline,
+            uploaded=plugs.ownership.uploaded if plugs.ownership else None,
+        )  # fmt: skip
         self._effects = SourceEffects(
             SourceParts(
-                self.id, group, url, site, plugs, deadline, watch, driver, rounds, pusher, session,
+                self.id, group, url, site, plugs, self._steering, watch, driver, rounds, pusher, session,
                 self._link, self._report, offer,
             )
         )  # fmt: skip
@@ -106,6 +119,11 @@ class SourceMigration:
     def report(self) -> MigrationReport:
         """What it has come to so far; final once `run` has ended."""
         return self._report.make(self.state, self._driver.reason)
+
+    @property
+    def wants_store(self) -> bool:
+        """It was given up because the group must go to the store instead, if it is to survive this host."""
+        return self._effects.wants_store
 
     def abort(self, reason: str) -> None:
         """Stop it, if the group can still stay; `run` then ends with `MigrationAborted`.
@@ -139,6 +157,7 @@ class SourceMigration:
             try:
                 await self._drive()
             finally:
+                self._steering.release()
                 self._link.close()
                 for helper in helpers:
                     helper.cancel()

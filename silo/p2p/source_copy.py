@@ -1,34 +1,41 @@
 """Pre-copy at the source: find the target, agree, and send rounds until the guest can be stopped.
 
 The one effect of the state COPYING. It only watches: pushing is the business of `silo.p2p.pusher`, which runs with
-the link, so a link that breaks and returns is nothing to this module until patience ends.
+the link, so a link that breaks and returns is nothing to this module until patience ends. What follows is decided by
+the budget (`silo.p2p.budget`), which is asked through the migration's `silo.p2p.steering.Steering`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 import attrs
 
+from silo.abc import Clock
 from silo.chunkmap import Residency
 from silo.errors import InvalidRequestError, SiloError, UnavailableError
 from silo.events import Phase, RoundStarted
 from silo.group import Group
-from silo.p2p.convergence import Decision, RoundSummary, decide, must_switch
+from silo.p2p.budget import Action, Plan
+from silo.p2p.channel import LinkRefused
+from silo.p2p.convergence import RoundSummary
 from silo.p2p.driver import Driver
 from silo.p2p.handover import SourceState
 from silo.p2p.messages import Stage
-from silo.p2p.ports import Plugs, Site
+from silo.p2p.ports import Ownership, Plugs, Site
 from silo.p2p.pusher import Pusher
 from silo.p2p.records import OfferRecord
 from silo.p2p.rounds import Rounds
 from silo.p2p.source_link import SourceLink
 from silo.p2p.source_report import SourceReport
 from silo.p2p.source_session import SourceSession
+from silo.p2p.steering import Link, Steering
 from silo.p2p.watch import Watch
+from silo.tasks import task_group
 
-__all__ = ["PreCopy", "SourceParts"]
+__all__ = ["PreCopy", "SourceParts", "store_while_running"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +49,7 @@ class SourceParts:
     url: str
     site: Site
     plugs: Plugs
-    deadline: float | None
+    steering: Steering
     watch: Watch
     driver: Driver[SourceState]
     rounds: Rounds
@@ -58,6 +65,8 @@ class PreCopy:
     """See the module. ``may_dial`` is set when there is something to offer."""
 
     def __init__(self, parts: SourceParts, may_dial: asyncio.Event) -> None:
+        self.wants_store = False
+        """Given up for the store: no target came in time, or the link was too slow."""
         self._p = parts
         self._may_dial = may_dial
         self._clock = parts.site.clock
@@ -84,10 +93,12 @@ class PreCopy:
                 await self._erase(proof)
         await parts.watch.ask(Phase.PRE_COPY)
         if ownership is not None:
-            await parts.rounds.want_hot(self._settings.hot_size)
+            await parts.rounds.want_hot(parts.steering.hot_size(self._link(), self._settings.hot_size))
             parts.rounds.reorder()
             self._changed.notify()
         await self._run_rounds()
+        if ownership is not None and parts.steering.policy.durable_before_switch:
+            await self._store_first(ownership)
         await parts.group.flush()  # so that little is left for the flush that the guest waits for
 
     async def _check_movable(self) -> None:
@@ -106,18 +117,48 @@ class PreCopy:
         except SiloError as error:
             _log.warning("a proof of %s stays in the store: %s", self._p.group.name, error)
 
+    # ---- a target -----------------------------------------------------------------------------------------
+
     async def _wait_accepted(self) -> None:
+        """With a deadline it is worth dialling again, for as long as the store can wait."""
         link, session = self._p.link, self._p.session
+        may_wait = self._p.steering.left_s is not None
+
+        def is_known() -> bool:
+            refused = link.error is not None and (not may_wait or isinstance(link.error, LinkRefused))
+            return session.stage is not Stage.NEW or refused
+
         try:
             async with asyncio.timeout(self._settings.accept_timeout_s):
-                await self._changed.until(lambda: session.stage is not Stage.NEW or link.error is not None)
+                while not await self._happens(is_known):
+                    self._follow(self._p.steering.look(self._link()))
         except TimeoutError as error:
-            raise UnavailableError(f"{self._p.url} has not accepted the group") from error
+            raise UnavailableError(f"{self._p.url} has not accepted the group: {link.error}") from error
         if session.stage is Stage.NEW and link.error is not None:
             raise link.error
 
+    async def _happens(self, condition: Callable[[], bool]) -> bool:
+        """Wait for it until it is time to look at the plan again; whether it has happened."""
+        try:
+            async with asyncio.timeout(self._settings.look_s):
+                await self._changed.until(condition)
+        except TimeoutError:
+            return condition()
+        return True
+
+    def _follow(self, plan: Plan) -> Plan:
+        """Give the migration up when the plan is to go to the store instead."""
+        if plan.action is Action.STORE:
+            self.wants_store = True
+            raise UnavailableError(
+                f"{plan.reason}: {self._p.link.error}" if self._p.link.error else plan.reason
+            )
+        return plan
+
+    # ---- rounds -------------------------------------------------------------------------------------------
+
     async def _run_rounds(self) -> None:
-        rounds, planner = self._p.rounds, self._p.rounds.planner
+        rounds, planner, pusher = self._p.rounds, self._p.rounds.planner, self._p.pusher
         before = planner.wanted_bytes
         while True:
             self._p.watch.tell(
@@ -126,42 +167,35 @@ class PreCopy:
                 chunks=planner.wanted_chunks,
                 size=planner.wanted_bytes,
             )
-            await self._changed.until(
-                lambda: self._p.pusher.is_idle or self._must_hurry() or self._is_broken()
-            )
+            while not await self._happens(lambda: pusher.is_idle or self._is_broken()):
+                if self._follow(self._p.steering.look(self._link())).action is Action.SWITCH:
+                    return
             if self._is_broken():
                 raise self._broken()
             summary = RoundSummary(
                 round=rounds.count,
                 dirty_bytes=rounds.dirty_bytes(),
                 dirty_before=before,
-                rate_bps=self._rate_bps(),
-                time_left_s=self._time_left_s(),
+                rate_bps=self._p.pusher.meter.rate_bps(self._clock.monotonic()),
             )
-            if self._must_hurry() or self._decide(summary) is Decision.SWITCH:
+            plan = self._follow(self._p.steering.look(self._link(), summary))
+            if plan.action is Action.SWITCH:
                 return
             before = summary.dirty_bytes
             rounds.begin_next()
             self._changed.notify()
 
-    def _decide(self, summary: RoundSummary) -> Decision:
-        settings = self._settings
-        return decide(
-            summary,
-            rounds_max=settings.rounds_max,
-            switch_size=settings.switch_size,
-            switch_s=settings.switch_s,
+    def _link(self) -> Link:
+        parts = self._p
+        planner, written = parts.rounds.planner, parts.rounds.dirty_bytes()
+        return Link(
+            sent=parts.pusher.meter.total,
+            is_busy=planner.wanted_bytes > 0,
+            is_up=parts.link.down_since is None,
+            round=0 if parts.session.stage is Stage.NEW else max(1, parts.rounds.count),
+            only_here=planner.unique_bytes + written,
+            written=written,
         )
-
-    def _must_hurry(self) -> bool:
-        unique = self._p.rounds.planner.unique_bytes
-        return must_switch(unique, self._rate_bps(), self._time_left_s())
-
-    def _rate_bps(self) -> float:
-        return self._p.pusher.meter.rate_bps(self._clock.monotonic())
-
-    def _time_left_s(self) -> float | None:
-        return None if self._p.deadline is None else self._p.deadline - self._clock.monotonic()
 
     def _is_broken(self) -> bool:
         down_since = self._p.link.down_since
@@ -176,3 +210,40 @@ class PreCopy:
         return UnavailableError(
             f"the link has been down for {self._settings.patience_s:g} s: {self._p.link.error}"
         )
+
+    # ---- the store first ----------------------------------------------------------------------------------
+
+    async def _store_first(self, ownership: Ownership) -> None:
+        """Commit while the guest runs, so that little is left to commit while it stands still."""
+        self._p.watch.enter(Phase.STORING)
+        await store_while_running(
+            ownership, self._p.steering, self._p.group, self._settings.look_s, self._clock
+        )
+
+
+async def store_while_running(
+    ownership: Ownership, steering: Steering, group: Group, look_s: float, clock: Clock
+) -> Plan:
+    """Commit again and again while the guest writes, until the plan is to stop the guest for the rest.
+
+    A store that does not answer is waited for until the plan says otherwise. `FencedError` when another host owns
+    the group. The guest stays limited, see `Steering.release`.
+    """
+    count, before = 0, group.exposed_bytes
+    while True:
+        if (plan := steering.look_at_store()).action is Action.SWITCH:
+            return plan
+        started = clock.monotonic()
+        async with task_group() as tasks:
+            storing = tasks.create_task(ownership.store_all())
+            while not (await asyncio.wait((storing,), timeout=look_s))[0]:
+                if (plan := steering.look_at_store()).action is Action.SWITCH:
+                    storing.cancel()
+                    return plan
+        count += 1
+        left = group.exposed_bytes
+        took_s = max(clock.monotonic() - started, 1e-3)
+        summary = RoundSummary(round=count, dirty_bytes=left, dirty_before=before, rate_bps=before / took_s)
+        if (plan := steering.look_at_store(summary)).action is Action.SWITCH:
+            return plan
+        before = left

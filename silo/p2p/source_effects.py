@@ -25,6 +25,7 @@ from silo.errors import (
     UnavailableError,
 )
 from silo.events import HandoverDoubt, Phase, StepFailed
+from silo.p2p.budget import Action
 from silo.p2p.channel import Channel
 from silo.p2p.driver import Perform
 from silo.p2p.handover import Effect, Event, Mark
@@ -68,6 +69,11 @@ class SourceEffects:
         self._encoded = b""
         if parts.record is not None:
             self.may_dial.set()
+
+    @property
+    def wants_store(self) -> bool:
+        """Pre-copy was given up for the store."""
+        return self._precopy.wants_store
 
     def table(self) -> dict[Effect, Perform]:
         """The method of each effect."""
@@ -141,7 +147,10 @@ class SourceEffects:
     async def flush(self) -> None:
         """Make durable what the target may still ask for after our machine lost power; then add everything up."""
         parts = self._p
+        parts.steering.release()
         await parts.group.flush()
+        if parts.steering.policy.durable_before_switch:
+            await self._store_last()
         parts.pusher.stop()
         volumes = parts.rounds.end(self._offer.volumes)
         body = HandoverBody(
@@ -153,6 +162,29 @@ class SourceEffects:
             state=self._state,
         )
         self._encoded = encode_handover(body)
+
+    async def _store_last(self) -> None:
+        """Commit what is left, now that nothing is written any more, and offer the generation that has it.
+
+        The offer on disk named an older one until now. That is no harm: it has not been sent, and our own claim, with
+        which a restart would begin, goes by the owner alone.
+        """
+        parts, ownership, left_s = self._p, self._p.plugs.ownership, self._p.steering.left_s
+        if ownership is None:
+            raise InvariantError("a group without a store was to be stored before its switchover")
+        budget = parts.steering.budget
+        patience_s = self._settings.patience_s if left_s is None else max(0.0, left_s - budget.pause_s)
+        try:
+            async with asyncio.timeout(patience_s):
+                await ownership.store_all()
+        except TimeoutError as error:
+            if left_s is None:
+                raise UnavailableError("the store has not taken the rest in time") from error
+            reason = "the deadline is too near to store everything before the switchover"
+            parts.steering.tell(Action.SWITCH, reason)
+        terms = msgspec.structs.replace(self._offer.terms, generations=ownership.standing().generations)
+        parts.record = msgspec.structs.replace(self._offer, terms=terms)
+        await parts.plugs.records.write_record(OFFER_RECORD, encode_record(parts.record))
 
     @property
     def _offer(self) -> OfferRecord:

@@ -68,13 +68,13 @@ class SourceReport:
         """Emit `Progress` while chunks move, and make everybody who waits for time look again."""
         while True:
             await asyncio.sleep(self._progress_s)
-            if self._watch.phase in (Phase.PRE_COPY, Phase.POST_COPY):
+            if self._watch.phase in (Phase.PRE_COPY, Phase.STORING, Phase.POST_COPY):
                 self._watch.tell(Progress, **self._progress(self._watch.phase))
             changed.notify()
 
     def _progress(self, phase: Phase) -> dict[str, object]:
         planner = self._rounds.planner
-        dirty = self._rounds.dirty_bytes() if phase is Phase.PRE_COPY else 0
+        dirty = self._rounds.dirty_bytes() if phase is not Phase.POST_COPY else 0
         rate = self._pusher.meter.rate_bps(self._clock.monotonic())
         remaining = planner.wanted_bytes + planner.flying_bytes
         return {
