@@ -22,7 +22,7 @@ from silo.errors import InvalidRequestError
 from silo.geometry import Geometry
 from silo.group import CopyLimits, Group
 from silo.hosted import HostedGroup
-from silo.opening import NO_INCARNATION, VolumeSpec, remember
+from silo.opening import NO_INCARNATION, VolumeSpec, owners_of, remember
 from silo.p2p.reception import IncomingOffer
 from silo.records import Identity, VolumeGeometry
 from silo.statedir import GroupState
@@ -170,7 +170,7 @@ async def _refuse_ours(identity: Identity, state: GroupState, link: StoreLink) -
             hint=f"accept it with that store, or remove {state.path}",
         )
     head = await link.register.read()
-    if head is not None and owner_of(head) == Owner(identity.epoch, identity.incarnation):
+    if head is not None and owner_of(head) in owners_of(identity):
         raise InvalidRequestError(
             f"group {state.name} belongs to this host and to no other",
             hint="open it here to store what it has",

@@ -32,7 +32,7 @@ from silo.hooks.observers import Observer
 from silo.hooks.runner import WorkloadRunner
 from silo.hydrator import Hydrator
 from silo.moving import EventLog, Move
-from silo.opening import remember_taken
+from silo.opening import remember_generation, remember_taken
 from silo.p2p.handover import SourceState
 from silo.p2p.ports import Plugs, Site
 from silo.p2p.records import OFFER_RECORD
@@ -305,7 +305,7 @@ class HostedGroup:
         sync = self.link.status if self.link is not None else None
         return {
             "name": self.name,
-            "state": self.phase,
+            "state": "fenced" if isinstance(self.group.gate.error, FencedError) else self.phase,
             "epoch": sync.epoch if sync else None,
             "hydrated": self.is_hydrated,
             "hydration_error": self.hydrator.error,
@@ -390,12 +390,15 @@ class HostedGroup:
         await self._exporter.remove(self.name)
         await self.group.gate.close_and_drain()
         lost = self._forgets or self.group.gate.error is not None
+        fenced = isinstance(self.group.gate.error, FencedError)
         if self.link is not None:
             await _collect(errors, self.link.close(drain=drain and not lost))
         if self._forgets:
             await _collect(errors, self.state.forget(last=OFFER_RECORD))
-        elif not lost:
+        elif not lost or fenced:
+            # What a fenced host has stays what it is: somebody may want to look at it.
             await _collect(errors, self.group.checkpoint())
+            await _collect(errors, remember_generation(self.state, self.link))
         self.group.gate.fail(ClosedError(f"group {self.name} was closed"))
         await _collect(errors, self.group.aclose())
         await _collect(errors, self.state.aclose())

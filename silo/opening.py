@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import attrs
+import msgspec
 
 from silo.abc import BlockDevice, ObjectStore
 from silo.chunkmap import ChunkMap, Residency
@@ -29,10 +30,10 @@ from silo.p2p.records import (
     decode_handover_record,
     decode_offer_record,
 )
-from silo.records import Identity, VolumeGeometry
+from silo.records import Attempt, Identity, VolumeGeometry
 from silo.statedir import GroupState
 from silo.storelink import StoreLink, without_secrets
-from silo.sync.claim import Owner
+from silo.sync.claim import Expectation, Owner, Seen, owner_of
 from silo.sync.head import Head, VolumeInfo
 from silo.sync.register import Prepare
 from silo.volumestate import states_of_extents
@@ -42,9 +43,11 @@ __all__ = [
     "VolumeSpec",
     "claim_group",
     "open_volumes",
+    "owners_of",
     "preparation",
     "read_unfinished",
     "remember",
+    "remember_generation",
     "remember_taken",
     "remember_volumes",
 ]
@@ -112,7 +115,7 @@ async def claim_group(
             f"group {state.name} is kept in {identity.register}",
             hint="open it with that store; a new state directory and an empty disk start afresh with another one",
         )
-    if identity is not None and identity.epoch == 0 and not arrived:
+    if identity is not None and identity.epoch == 0 and identity.volumes and not arrived:
         raise FencedError(
             f"group {state.name} began to arrive at this host and never did",
             hint="its source owns it; it can be moved here again",
@@ -120,16 +123,54 @@ async def claim_group(
     if link is None:
         await remember(state, Owner(identity.epoch + 1 if identity else 1, NO_INCARNATION), "")
         return None
-    owners = []
-    if identity is not None and identity.register:
-        owners = [Owner(identity.epoch, identity.incarnation)]
-    elif identity is not None:
+    if identity is not None and not identity.register:
         await _refuse_stored(state.name, link)
     sizes = await _chunk_sizes(identity, link, specs)
     infos = [
         VolumeInfo(name, spec.device.size, sizes[name], BLOCK_SIZE_DEFAULT) for name, spec in specs.items()
     ]
-    return await link.claim_opening(owners, infos, force=force)
+    is_here = bool(await state.volume_names())
+    try:
+        head = await link.claim_opening(_expectation(identity, is_here=is_here, force=force), infos)
+    except FencedError as error:
+        raise _explained(error, state, identity, is_here=is_here) from error
+    await remember(state, owner_of(head), place, generation=head.generation)
+    return head
+
+
+def owners_of(identity: Identity | None) -> list[Owner]:
+    """Every owner that is this host."""
+    if identity is None:
+        return []
+    own = [Owner(identity.epoch, identity.incarnation)] if identity.register and identity.epoch else []
+    return own + [Owner(attempt.epoch, attempt.incarnation) for attempt in identity.claims]
+
+
+def _expectation(identity: Identity | None, *, is_here: bool, force: bool) -> Expectation:
+    """Over which head the group may be opened. With a map here nothing can be forced: what is on the disk continues
+    the head of this host, and no other."""
+    owners = owners_of(identity)
+    seen = Seen(identity.epoch, identity.generation) if identity and identity.register else Seen()
+    if not is_here:
+        return Expectation.restoring(owners, seen, forced=force)
+    return attrs.evolve(Expectation.opening(*owners), seen=seen)
+
+
+def _explained(
+    error: FencedError, state: GroupState, identity: Identity | None, *, is_here: bool
+) -> FencedError:
+    """Why the group is not opened, and what to do instead."""
+    if is_here and identity is not None:
+        return FencedError(
+            f"{error.message}; what is here was last written in epoch {identity.epoch}",
+            hint="nothing here was changed. Move the group here from that host; or, to have what the store has, move "
+            f"{state.path} and the disks away and open it with new ones",
+        )
+    return FencedError(
+        error.message,
+        hint="move it from that host, or stop the daemon there, which releases it. If that host is dead for certain, "
+        "say so: --host-is-dead, host_is_dead=True",
+    )
 
 
 def _chunk_size(spec: VolumeSpec, identity: Identity | None, name: str) -> int:
@@ -163,20 +204,29 @@ async def _refuse_stored(name: str, link: StoreLink) -> None:
 def preparation(state: GroupState, store: ObjectStore) -> Prepare:
     """What writes down, before each claim in this store, whom it is about to make the owner.
 
-    Whether the claim then takes effect or not: the epoch is ours or nobody's.
+    Until it is known whether the claim took effect (`remember`), the head may name the owner of before or this one.
     """
     place = without_secrets(store.url)
 
     async def prepare(owner: Owner, _nonce: str) -> None:
-        await remember(state, owner, place)
+        old = await state.read_identity()
+        if old is None:
+            old = Identity(group=state.name, epoch=0, incarnation=NO_INCARNATION)
+        claims = (*old.claims, Attempt(owner.epoch, owner.incarnation))
+        await state.write_identity(msgspec.structs.replace(old, register=place, claims=claims))
 
     return prepare
 
 
 async def remember(
-    state: GroupState, owner: Owner, register: str, volumes: tuple[VolumeGeometry, ...] | None = None
+    state: GroupState,
+    owner: Owner,
+    register: str,
+    volumes: tuple[VolumeGeometry, ...] | None = None,
+    *,
+    generation: int = 0,
 ) -> None:
-    """Write down who we are (about to be). Without ``volumes`` the known ones stay."""
+    """Write down who we are, and the newest generation that is known. Without ``volumes`` the known ones stay."""
     old = await state.read_identity()
     await state.write_identity(
         Identity(
@@ -184,6 +234,7 @@ async def remember(
             epoch=owner.epoch,
             incarnation=owner.incarnation,
             register=register,
+            generation=generation,
             volumes=volumes if volumes is not None else (old.volumes if old else ()),
         )
     )
@@ -269,7 +320,15 @@ async def remember_volumes(group: Group, state: GroupState) -> None:
         VolumeGeometry(name, shape.size, shape.chunk_size, shape.block_size)
         for name, shape in ((volume.name, volume.geometry) for volume in group.volumes.values())
     )
-    await remember(state, Owner(identity.epoch, identity.incarnation), identity.register, volumes)
+    await state.write_identity(msgspec.structs.replace(identity, volumes=volumes))
+
+
+async def remember_generation(state: GroupState, link: StoreLink | None) -> None:
+    """Write down the newest generation of ours, so that a store that forgets it is noticed."""
+    identity = await state.read_identity()
+    head = link.register.head if link is not None else None
+    if identity is not None and head is not None and owner_of(head) in owners_of(identity):
+        await remember(state, owner_of(head), identity.register, generation=head.generation)
 
 
 async def remember_taken(group: Group, state: GroupState, link: StoreLink | None) -> None:

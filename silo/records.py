@@ -24,6 +24,7 @@ from silo.errors import CorruptionError, InvalidRequestError
 from silo.geometry import Geometry
 
 __all__ = [
+    "Attempt",
     "Identity",
     "VolumeGeometry",
     "check_record_name",
@@ -54,6 +55,13 @@ class VolumeGeometry(msgspec.Struct, frozen=True):
         return Geometry(self.size, self.chunk_size, self.block_size)
 
 
+class Attempt(msgspec.Struct, frozen=True):
+    """A claim that was begun."""
+
+    epoch: int
+    incarnation: str
+
+
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Which incarnation of which group lives in a state directory."""
 
@@ -63,6 +71,10 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Drawn at random by each writable open; part of the keys of everything that it stores."""
     register: str = ""
     """The URL of the store, without credentials; empty when there is none."""
+    generation: int = 0
+    """The newest one of this epoch that was known to be committed when this was written."""
+    claims: tuple[Attempt, ...] = ()
+    """Claims begun since, one of which may have taken effect: all of these owners are this host."""
     volumes: tuple[VolumeGeometry, ...] = ()
     owner: str = ""
     """This host's side of the ownership, in the words of the handover's tables."""

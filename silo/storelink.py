@@ -14,7 +14,7 @@ It is also what a migration sees of all this: `silo.p2p.ports.Ownership`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 from silo.abc import Buffer, ChunkSource, Clock, ObjectStore
@@ -127,13 +127,8 @@ class StoreLink:
 
     # ---- opening ------------------------------------------------------------------------------------------
 
-    async def claim_opening(
-        self, owners: Iterable[Owner], volumes: Sequence[VolumeInfo], *, force: bool
-    ) -> Head:
-        """Become the owner of a group that this host has served before, that is new, or that was released."""
-        known = tuple(owners)
-        floor = max((owner.epoch for owner in known), default=0)
-        expectation = Expectation.force(floor) if force else Expectation.opening(*known)
+    async def claim_opening(self, expectation: Expectation, volumes: Sequence[VolumeInfo]) -> Head:
+        """Become the owner of a group whose head is as expected. As `Register.claim`."""
         return await self.register.claim(expectation, volumes=volumes, prepare=self._prepare)
 
     async def look(self) -> Head | None:

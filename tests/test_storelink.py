@@ -14,7 +14,7 @@ from silo.geometry import BLOCK_SIZE_DEFAULT, CHUNK_SIZE_DEFAULT
 from silo.group import Group
 from silo.p2p.terms import Terms, Verdict
 from silo.storelink import StoreLink, without_secrets
-from silo.sync.claim import Owner
+from silo.sync.claim import Expectation, Owner
 from silo.sync.head import VolumeInfo
 from silo.sync.memory_store import MemoryStore
 from silo.sync.settings import SyncSettings
@@ -62,7 +62,7 @@ async def test_after_a_claim_nothing_is_read_from_an_older_generation() -> None:
     scene = Scene()
     source, target = await scene.link(), await scene.link()
     async with asyncio.TaskGroup() as tasks:
-        await source.claim_opening((), [INFO], force=False)
+        await source.claim_opening(Expectation.opening(), [INFO])
         here = scene.group()
         await source.start(here, tasks)
         assert source.syncer is not None
@@ -94,7 +94,7 @@ async def test_a_hold_before_the_start_counts_and_so_does_its_release() -> None:
     for released in (False, True):
         async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
             link, group = await scene.link(), scene.group()
-            await link.claim_opening(scene.prepared[-1:], [INFO], force=False)
+            await link.claim_opening(Expectation.opening(*scene.prepared[-1:]), [INFO])
             for _ in range(2):
                 await link.hold_commits()
             if released:
@@ -116,7 +116,7 @@ async def test_a_reclaim_is_won_again_after_a_restart_and_lost_to_the_target() -
     scene = Scene()
     async with asyncio.timeout(20):
         source = await scene.link()
-        await source.claim_opening([], [INFO], force=False)
+        await source.claim_opening(Expectation.opening(), [INFO])
         offered = terms(source)
         assert await source.reclaim(offered, "ours") is Verdict.WON
         restarted = await scene.link()
@@ -126,7 +126,7 @@ async def test_a_reclaim_is_won_again_after_a_restart_and_lost_to_the_target() -
         assert await target.claim(later) == later.epoch + 1
         assert await restarted.reclaim(later, "ours again") is Verdict.LOST
         third = await scene.link()
-        await third.claim_opening([], [INFO], force=True)
+        await third.claim_opening(Expectation.force(), [INFO])
         assert await restarted.reclaim(later, "ours again") is Verdict.FENCED
         for link in (source, restarted, target, third):
             await link.close(drain=False)
@@ -141,12 +141,16 @@ async def test_closing_while_a_claim_is_under_way() -> None:
         scene.store.offline = True
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await link.claim_opening([], [INFO], force=False)
+                await link.claim_opening(Expectation.opening(), [INFO])
         await link.close()
         scene.store.offline = False
         again = await scene.link()
-        head = await again.claim_opening(scene.prepared, [INFO], force=False) if scene.prepared else None
-        head = head or await again.claim_opening([], [INFO], force=False)
+        head = (
+            await again.claim_opening(Expectation.opening(*scene.prepared), [INFO])
+            if scene.prepared
+            else None
+        )
+        head = head or await again.claim_opening(Expectation.opening(), [INFO])
         assert head.epoch >= 1
         await again.close(drain=False)
 
@@ -160,7 +164,7 @@ async def test_a_store_that_is_away_when_a_group_starts_and_when_it_ends() -> No
         link = await StoreLink.open(
             "vm1", client, scene.clock, prepare=scene._prepare, owns_store=True, sync=impatient
         )
-        await link.claim_opening([], [INFO], force=False)
+        await link.claim_opening(Expectation.opening(), [INFO])
         group = scene.group()
         await link.start(group, tasks)
         await link.start(group, tasks)

@@ -9,6 +9,7 @@ An attempt may end without anybody knowing whether it was applied. So after ever
 `judge_commit` or `judge_claim` says what to do next. The rules behind them:
 
 * only another owner fences; a commit of ours that we find there is adopted, however it got there;
+* a head older than what was seen before was put back by somebody: nothing is built on it, not even by force;
 * as long as the head is still the one that an attempt was built on, that attempt may yet be applied, so the
   same bytes are sent again and nothing else is tried;
 * once the head is another one, the attempt can never be applied: its ETag will not come back.
@@ -32,12 +33,14 @@ __all__ = [
     "Expectation",
     "Expected",
     "Owner",
+    "Seen",
     "Verdict",
     "build_claim",
     "check_successor",
     "check_volumes",
     "judge_claim",
     "judge_commit",
+    "judge_other",
     "owner_of",
     "refusal",
 ]
@@ -64,6 +67,22 @@ class Expected:
     generations: frozenset[int] | None = None
 
 
+@attrs.frozen
+class Seen:
+    """The newest head that a host has seen: what it wrote down, so perhaps not the very last one."""
+
+    epoch: int = 0
+    generation: int = 0
+    """Within that epoch."""
+
+    def is_newer_than(self, head: Head) -> bool:
+        """Whether ``head`` shows less."""
+        return (head.epoch, head.generation) < (
+            self.epoch,
+            self.generation if head.epoch == self.epoch else 0,
+        )
+
+
 @attrs.frozen(kw_only=True)
 class Expectation:
     """Which heads a claim may replace: those that match any of the following.
@@ -83,6 +102,8 @@ class Expectation:
     """Whatever the head says. Somebody asserts that its owner is dead, or that the loss of its writes is meant."""
     epoch_floor: int = 0
     """The highest epoch seen anywhere else; the claim goes above it."""
+    seen: Seen = Seen()
+    """The newest head that was seen for certain. An older one was put back by somebody."""
 
     @classmethod
     def opening(cls, *owners: Owner, nonces: Iterable[str] = ()) -> Expectation:
@@ -98,6 +119,20 @@ class Expectation:
         )
 
     @classmethod
+    def restoring(cls, owners: Iterable[Owner], seen: Seen, *, forced: bool = False) -> Expectation:
+        """Opening a group of which nothing is on this host, whatever was attempted here before: it must be new,
+        released, or ours, unless ``forced``."""
+        known = tuple(owners)
+        return cls(
+            owned=tuple(Expected(owner) for owner in known),
+            absent=not seen.epoch,
+            released=True,
+            forced=forced,
+            epoch_floor=max((owner.epoch for owner in known), default=0),
+            seen=seen,
+        )
+
+    @classmethod
     def handover(cls, source: Owner, generations: Iterable[int], nonce: str) -> Expectation:
         """The target of a migration: the source still owns the group, and the head shows a generation that the
         handover named, be it the committed one or the one whose commit was outstanding. Or this target has
@@ -106,6 +141,7 @@ class Expectation:
             owned=(Expected(source, frozenset(generations)),),
             nonces=frozenset((nonce,)),
             epoch_floor=source.epoch,
+            seen=Seen(source.epoch),
         )
 
     @classmethod
@@ -125,6 +161,8 @@ class Verdict(enum.Enum):
     """Somebody else owns the group: stop."""
     FOREIGN = "foreign"
     """The head was changed, by somebody who does not play by the rules: do not touch it."""
+    ROLLED_BACK = "rolled back"
+    """The head is older than one that was seen before: do not touch it."""
 
 
 def judge_commit(attempt: Head, found: Head | None, *, unchanged: bool) -> Verdict:
@@ -134,8 +172,13 @@ def judge_commit(attempt: Head, found: Head | None, *, unchanged: bool) -> Verdi
     if found.nonce == attempt.nonce:
         return Verdict.APPLIED
     if owner_of(found) != owner_of(attempt):
-        return Verdict.FENCED
+        return judge_other(attempt, found)
     return Verdict.SEND if unchanged else Verdict.FOREIGN
+
+
+def judge_other(ours: Head, found: Head) -> Verdict:
+    """What another owner in the head means for the owner of ``ours``."""
+    return Verdict.ROLLED_BACK if found.epoch < ours.epoch else Verdict.FENCED
 
 
 def judge_claim(expectation: Expectation, attempted: Owner | None, found: Head | None) -> Verdict:
@@ -145,6 +188,8 @@ def judge_claim(expectation: Expectation, attempted: Owner | None, found: Head |
     owner = owner_of(found)
     if owner == attempted:
         return Verdict.APPLIED
+    if expectation.seen.is_newer_than(found):
+        return Verdict.ROLLED_BACK
     if expectation.forced or (expectation.released and found.state is WriterState.RELEASED):
         return Verdict.SEND
     if found.claim is not None and found.claim.nonce in expectation.nonces:
@@ -249,7 +294,13 @@ def refusal(verdict: Verdict, group: str, found: Head | None) -> FencedError | C
     if verdict is Verdict.FENCED and found is not None:
         return FencedError(
             f"group {group} belongs to another writer: epoch {found.epoch}, incarnation {found.incarnation}",
-            hint="if its host is dead for certain, take the group over by force",
+            hint="what this host had not stored stays on its disk",
+        )
+    if verdict is Verdict.ROLLED_BACK and found is not None:
+        return CorruptionError(
+            f"the head of group {group} was rolled back: it shows epoch {found.epoch}, generation "
+            f"{found.generation}, and this host has seen a newer one",
+            hint="nothing was overwritten; put the newest version of the head back, or find out whose store this is",
         )
     what = (
         "is gone" if found is None else f"shows generation {found.generation}, which was not expected there"

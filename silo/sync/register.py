@@ -32,6 +32,7 @@ from silo.sync.claim import (
     check_successor,
     judge_claim,
     judge_commit,
+    judge_other,
     owner_of,
     refusal,
 )
@@ -108,13 +109,16 @@ class Register:
         return found.head if found else None
 
     async def confirm(self) -> Head:
-        """Read the head and raise `FencedError` when it names another owner. One request, as `read`."""
+        """Read the head and raise `FencedError` when it names another owner, `CorruptionError` when it is gone or an
+        older one. One request, as `read`."""
         if self.head is None:
             raise InvariantError(f"group {self.group} was never claimed here")
         async with self._turn:
             found = await self._get()
-            if found is None or owner_of(found.head) != owner_of(self.head):
-                raise self._refusal(Verdict.FENCED if found else Verdict.FOREIGN, found)
+            if found is None:
+                raise self._refusal(Verdict.FOREIGN, found)
+            if owner_of(found.head) != owner_of(self.head):
+                raise self._refusal(judge_other(self.head, found.head), found)
             return self.head
 
     # ---- claiming ---------------------------------------------------------------------------------------
@@ -134,9 +138,10 @@ class Register:
         lasts; a target uses the one of its handover again after a restart. ``prepare`` is awaited before each
         attempt under another epoch, so that the caller can make durable what a restart must know.
 
-        `FencedError` when another owner is found, `CorruptionError` when the head is missing or shows another
-        generation than expected; nothing was written then. Repeats as long as the store does not answer. After
-        a cancellation the outcome may be unknown: call again, on this register, with the same arguments.
+        `FencedError` when another owner is found, `CorruptionError` when the head is missing, older than one that was
+        seen before, or shows another generation than expected; nothing was written then. Repeats as long as the store
+        does not answer. After a cancellation the outcome may be unknown: call again, on this register, with the
+        same arguments.
         Claiming again as the owner makes a new epoch, with the same incarnation.
         """
         async with self._turn:

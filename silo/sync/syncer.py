@@ -11,7 +11,9 @@ A *hold* keeps commits back while there must be none: at the source of a migrati
 target until everything has arrived (safety rule 1). While there is a hold no cut is taken either, because a
 cut from before the last arrival is a state that never existed.
 
-`FencedError` ends everything: the gate fails, so that the guest cannot go on writing what nobody will keep.
+`FencedError` ends everything: the gate fails, so that the guest cannot go on writing what nobody will keep. An idle
+group would never learn of it, so one that seems to have been stopped for a while (its process, or its machine) looks
+at the head before it goes on.
 
 `Syncer.run` is the one long call, in a task of whoever opened the syncer; the other calls may be made from any
 task of the same loop.
@@ -20,7 +22,9 @@ task of the same loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import math
 from collections import Counter
 from typing import Self
 
@@ -48,6 +52,9 @@ from silo.sync.status import SyncPhase, SyncStatus
 __all__ = ["Syncer", "volume_infos"]
 
 logger = logging.getLogger(__name__)
+
+PAUSE_S = 10.0
+"""Whoever wakes so much too late was stopped, and may have been declared dead."""
 
 
 class Syncer:
@@ -81,7 +88,7 @@ class Syncer:
         self._abandoned = 0
         self._error: BaseException | None = None
         self._limit: asyncio.Timeout | None = None
-        self._closing = self._ended = False
+        self._closing = self._ended = self._was_stopped = False
         self._wake = asyncio.Event()
         self._progress = asyncio.Event()
 
@@ -273,11 +280,11 @@ class Syncer:
                 return True
             self._phase = SyncPhase.HELD if self._holds else SyncPhase.WAITING
             self._wake.clear()
-            try:
+            expected = math.inf if self._holds else self._clock.boottime() + left_s
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if self._holds else left_s):
                     await self._wake.wait()
-            except TimeoutError:
-                continue
+            self._was_stopped |= self._clock.boottime() > expected + PAUSE_S
 
     async def _try_cycle(self) -> None:
         try:
@@ -294,9 +301,10 @@ class Syncer:
 
     async def _cycle(self) -> None:
         """One cut, committed; or abandoned, with the reason raised."""
-        if self._backoff.trouble is not None:
+        if self._backoff.trouble is not None or self._was_stopped:
             # Before old content is protected again: does the store answer, and is the group still ours?
             await self._register.confirm()
+            self._was_stopped = False
         cut = self._group.take()
         self._begun += 1
         self._last_take = cut.time_monotonic

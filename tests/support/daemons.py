@@ -61,6 +61,11 @@ class Daemon:
         """SIGTERM; the exit code."""
         return await self._end(signal.SIGTERM)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send the process a signal that it survives: SIGSTOP, SIGCONT."""
+        assert self._process is not None
+        self._process.send_signal(number)
+
     async def _end(self, how: signal.Signals) -> int:
         if self._process is None:
             return 0

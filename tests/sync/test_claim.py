@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import msgspec
 import pytest
 
@@ -9,6 +10,7 @@ from silo.errors import CorruptionError, FencedError, InvalidRequestError, Invar
 from silo.sync.claim import (
     Expectation,
     Owner,
+    Seen,
     Verdict,
     build_claim,
     check_successor,
@@ -54,7 +56,7 @@ ATTEMPT = head(generation=8, nonce="mine")
         (head(generation=8, nonce="other"), False, Verdict.FOREIGN),
         (head(epoch=6, incarnation=B), False, Verdict.FENCED),
         (head(epoch=5, incarnation=B), False, Verdict.FENCED),
-        (head(epoch=4, incarnation=A), False, Verdict.FENCED),
+        (head(epoch=4, incarnation=A), False, Verdict.ROLLED_BACK),
         (head(epoch=6, incarnation=A), False, Verdict.FENCED),
         (None, False, Verdict.FOREIGN),
     ],
@@ -95,6 +97,20 @@ HANDOVER = Expectation.handover(Owner(5, A), (7, 8), "offer-2")
         (HANDOVER, head(epoch=6, incarnation=C, claim=ClaimRecord("offer-2", 5, 7)), Verdict.SEND),
         (HANDOVER, head(epoch=6, incarnation=C, claim=None), Verdict.FENCED),
         (HANDOVER, None, Verdict.FOREIGN),
+        # whoever has seen more than there is
+        (attrs.evolve(OPEN_HERE, seen=Seen(5, 7)), head(), Verdict.SEND),
+        (attrs.evolve(OPEN_HERE, seen=Seen(5, 8)), head(), Verdict.ROLLED_BACK),
+        (attrs.evolve(OPEN_HERE, seen=Seen(5, 8)), head(epoch=6, incarnation=B, generation=1), Verdict.SEND),
+        (attrs.evolve(OPEN_HERE, seen=Seen(6, 1)), head(generation=9), Verdict.ROLLED_BACK),
+        (HANDOVER, head(epoch=4, incarnation=C), Verdict.ROLLED_BACK),
+        (Expectation.restoring((), Seen(6), forced=True), head(), Verdict.ROLLED_BACK),
+        (Expectation.restoring((), Seen(6), forced=True), None, Verdict.FOREIGN),
+        # a host that has nothing of the group but perhaps the memory of an attempt
+        (Expectation.restoring([Owner(6, B)], Seen()), None, Verdict.SEND),
+        (Expectation.restoring([Owner(6, B)], Seen()), head(state=WriterState.RELEASED), Verdict.SEND),
+        (Expectation.restoring([Owner(6, B)], Seen()), head(epoch=6, incarnation=B), Verdict.SEND),
+        (Expectation.restoring([Owner(6, B)], Seen()), head(), Verdict.FENCED),
+        (Expectation.restoring([Owner(6, B)], Seen(), forced=True), head(), Verdict.SEND),
         # by force
         (Expectation.force(), head(epoch=77, incarnation=C), Verdict.SEND),
         (Expectation.force(), None, Verdict.SEND),
