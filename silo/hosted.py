@@ -390,13 +390,11 @@ class HostedGroup:
         await self._exporter.remove(self.name)
         await self.group.gate.close_and_drain()
         lost = self._forgets or self.group.gate.error is not None
-        fenced = isinstance(self.group.gate.error, FencedError)
         if self.link is not None:
             await _collect(errors, self.link.close(drain=drain and not lost))
         if self._forgets:
             await _collect(errors, self.state.forget(last=OFFER_RECORD))
-        elif not lost or fenced:
-            # What a fenced host has stays what it is: somebody may want to look at it.
+        elif not lost:
             await _collect(errors, self.group.checkpoint())
             await _collect(errors, remember_generation(self.state, self.link))
         self.group.gate.fail(ClosedError(f"group {self.name} was closed"))
