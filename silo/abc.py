@@ -83,6 +83,17 @@ class BlockDevice(abc.ABC):
         awaits, whichever is first.
         """
 
+    def copy_nowait(self, offset: int, into: memoryview) -> bool:
+        """Fill ``into`` with the bytes at ``offset`` if they can be had without blocking, and return True.
+
+        When it returns False, ``into`` may have been written in part.
+        """
+        found = self.read_nowait(offset, len(into))
+        if found is None:
+            return False
+        into[:] = found
+        return True
+
     @abc.abstractmethod
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         """Write all of ``data`` without blocking for long and return True; or write nothing and return False.

@@ -136,6 +136,17 @@ class FileDevice(BlockDevice):
             raise self._error(error, "read") from error
         return None  # only the beginning is cached, or the file was cut short: read() tells which
 
+    def copy_nowait(self, offset: int, into: memoryview) -> bool:
+        if len(into) > self._inline_read_max:
+            self._check_open()
+            return False
+        try:
+            return os.preadv(self._fd, (into,), offset, self._nowait) == len(into)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise self._error(error, "read") from error
+
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         length = len(data)
         if length > self._inline_write_max:

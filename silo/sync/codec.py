@@ -1,8 +1,9 @@
 """From the content of a chunk to what is stored of it, and back, verified.
 
 A chunk of zeros is stored as nothing. Any other is compressed with zstd at level 1 and stored *raw* unless
-that saves at least 5 %: data that does not compress is found out by compressing it, which at this level
-costs less than hashing it. The digest is BLAKE3 of the plaintext, so it also tells whether a chunk has changed
+that saves at least 5 %. Data that does not compress is found out by compressing it; but the neighbours of a chunk
+that did not are tried on a sample first, since they rarely do, and compressing in vain costs as much as
+hashing. The digest is BLAKE3 of the plaintext, so it also tells whether a chunk has changed
 since it was last committed, before any time is spent on compressing it.
 
 `ChunkEncoder` and `ChunkDecoder` keep the state of the compressor between calls and belong to one thread at a
@@ -24,6 +25,9 @@ from silo.zeros import is_zero
 __all__ = ["DIGEST_SIZE", "LEVEL", "ChunkDecoder", "ChunkEncoder", "Encoded", "Kind", "digest_of"]
 
 DIGEST_SIZE = 32
+SAMPLE = 4 * 1024
+"""What is compressed of a chunk to see whether it is worth while, where doubt is due."""
+
 LEVEL = 1
 """Level 3 costs half as much CPU again for files that are 5 % smaller."""
 
@@ -66,20 +70,35 @@ class ChunkEncoder:
     def __init__(self) -> None:
         self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False)
 
-    def encode(self, content: Buffer, known: bytes | None = None) -> Encoded | None:
+    def encode(
+        self, content: Buffer, known: bytes | None = None, *, doubtful: bool = False
+    ) -> Encoded | None:
         """What to store of a chunk; ``None`` when its digest is ``known``, so that nothing need be stored.
 
-        The payload may be ``content`` itself, which must therefore not change afterwards.
+        The payload may be ``content`` itself, which must therefore not change afterwards. ``doubtful`` content is
+        compressed only if a sample of it can be.
         """
         if is_zero(content):
             return ZERO
         digest = digest_of(content)
         if digest == known:
             return None
-        packed = self._compressor.compress(content)
-        if len(packed) * 20 <= len(content) * 19:
-            return Encoded(Kind.ZSTD, packed, digest)
+        if not doubtful or self._sample_compresses(content):
+            packed = self._compressor.compress(content)
+            if _is_smaller(packed, content):
+                return Encoded(Kind.ZSTD, packed, digest)
         return Encoded(Kind.RAW, content, digest)
+
+    def _sample_compresses(self, content: Buffer) -> bool:
+        if len(content) < 4 * SAMPLE:
+            return True
+        start = (len(content) - SAMPLE) // 2
+        sample = content[start : start + SAMPLE]
+        return _is_smaller(self._compressor.compress(sample), sample)
+
+
+def _is_smaller(packed: bytes, content: Buffer) -> bool:
+    return len(packed) * 20 <= len(content) * 19
 
 
 class ChunkDecoder:

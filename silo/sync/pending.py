@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 import attrs
 
+from silo.chunkmap import Indices
 from silo.sync.codec import Kind
 from silo.sync.committed import CommittedMap
 from silo.sync.head import PartRef, SegmentRef
@@ -71,13 +72,16 @@ class Pending:
         self._listed.append(_Listed(name.seq, reference, spooled))
         self._listed.sort()  # uploads end in any order
 
-    def digest(self, volume: str, chunk: int) -> bytes | None:
-        """The digest that the next head gives to a chunk that it need not list again; ``None`` when there is none."""
+    def digests(self, volume: str, chunks: Indices) -> list[bytes | None]:
+        """The digests that the next head gives to chunks that it need not list again; ``None`` where there is none."""
+        found = self._manifest.volume(volume).digests(chunks)
         if self._left_over is not None:
-            place = self._left_over.volumes[volume].locate(chunk)
-            if place is not None:
-                return place.digest if place.kind in (Kind.RAW, Kind.ZSTD) else None
-        return self._manifest.volume(volume).digest(chunk)
+            newer = self._left_over.volumes[volume]
+            for position, chunk in enumerate(chunks.tolist()):
+                place = newer.locate(chunk)
+                if place is not None:
+                    found[position] = place.digest if place.kind in (Kind.RAW, Kind.ZSTD) else None
+        return found
 
     def is_zero(self, volume: str, first: int, limit: int) -> bool:
         """Whether a run is known to be zero in the next head without being listed again."""

@@ -106,11 +106,8 @@ class SegmentBuilder:
         self._payloads: list[Buffer] = []
         self._entries: list[bytes] = []
         self._end = PREAMBLE_SIZE
-
-    @property
-    def size(self) -> int:
+        self.size = PREAMBLE_SIZE + len(self._table) + FOOTER_SIZE
         """Bytes of the object if it were sealed now."""
-        return self._end + len(self._table) + len(self._entries) * ENTRY.itemsize + FOOTER_SIZE
 
     @property
     def entry_count(self) -> int:
@@ -125,6 +122,7 @@ class SegmentBuilder:
         self._entries.append(_ENTRY.pack(number, kind, 0, 1, chunk, self._end, len(payload), 0, digest))
         self._payloads.append(payload)
         self._end += len(payload)
+        self.size += len(payload) + ENTRY.itemsize
 
     def add_run(self, volume: str, first: int, limit: int, *, base: bytes | None = None) -> None:
         """Add a run of chunks that are zero or, when the digest of a ``base`` is given, as they are there."""
@@ -133,6 +131,7 @@ class SegmentBuilder:
             count = min(limit - start, RUN_LIMIT - 1)
             number = self._volumes[volume]
             self._entries.append(_ENTRY.pack(number, kind, 0, count, start, 0, 0, 0, base or NO_DIGEST))
+            self.size += ENTRY.itemsize
 
     def seal(self) -> Segment:
         """The finished segment. The builder must not be used afterwards."""

@@ -73,17 +73,22 @@ class ObjectSender:
         buffers: Sequence[Buffer],
         size: int,
         check: Callable[[], None] | None = None,
-    ) -> None:
+    ) -> int:
         """Create the object. Tried again until it is stored, or until ``check``, called before each attempt, raises.
+
+        Returns how many attempts it took; after the first one nothing reads the buffers any more, after others
+        a request that was given up still may.
 
         `InvariantError` when the key holds something else. After a cancellation the object may exist or come to
         exist; nothing refers to it.
         """
         backoff = Backoff(self._clock, self._settings.retry)
+        attempts = 0
         await asyncio.sleep(self._bucket.delay(self._clock.monotonic(), size))
         while True:
             if check is not None:
                 check()
+            attempts += 1
             try:
                 await self._create(name, buffers, size)
             except STORE_TROUBLE as error:
@@ -96,7 +101,7 @@ class ObjectSender:
             self.trouble = None
             self.sent_bytes += size
             self.sent_objects += 1
-            return
+            return attempts
 
     async def _create(self, name: SegmentName, buffers: Sequence[Buffer], size: int) -> None:
         timeout_s = self._settings.retry.request_timeout_s

@@ -38,8 +38,9 @@ class SyncSettings:
     """Largest segment, but one chunk always fits. One PUT of this size costs what a PUT of one chunk costs."""
     window: int = 96 * MIB
     """Most bytes that are being uploaded at once. Memory is this, plus one segment being packed."""
-    batch_size: int = MIB
-    """Content that is hashed and compressed in one call in a thread: long against the 0.15 ms of the way there."""
+    batch_size: int = 4 * MIB
+    """Content that is hashed and compressed in one call in a thread. Many small calls cost more than the way there:
+    the threads and the event loop then wake each other up all the time."""
     threads: int = 2
     """Threads that hash and compress."""
     rate_bps: float | None = None

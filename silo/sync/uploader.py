@@ -2,12 +2,14 @@
 
 ::
 
-    chunks, coldest first ─► read ─► hash, compare, compress (threads) ─► pack ─► send (window)
+    chunks, coldest first ─► capture ─► hash, compare, compress (threads) ─► pack ─► send (window)
                               └─ release: the volume may overwrite the chunk without a copy
 
-A batch of chunks is read and at once released, so old content is protected no longer than it takes to get here.
-Memory is the window of the sender, one segment being packed, and a few batches in the threads. Batches are packed
-in the order in which they were read, whatever thread was faster, so the same cut makes the same segments.
+A batch of chunks is captured and at once released, so old content is protected no longer than it takes to get
+here. That is the only time a content is copied: what does not compress is sent from where it was captured to, and
+that memory is used again when the segment is stored (`silo.sync.buffers`). Memory is the window of the sender, one
+segment being packed, and a few batches in the threads. Batches are packed in the order in which they were captured,
+whatever thread was faster, so the same cut makes the same segments.
 
 Chunks whose digest the next head would give them anyway are left out. Zero chunks become runs, whether the guest
 zeroed them or wrote zeros.
@@ -22,11 +24,11 @@ from collections.abc import Mapping
 import attrs
 import numpy as np
 
-from silo.abc import Buffer
 from silo.chunkmap import Indices, runs_of
 from silo.errors import CapacityError, CorruptionError, UnavailableError
 from silo.frozen import Cut, VolumeCut
 from silo.heatmap import HeatMap
+from silo.sync.buffers import BufferPool, Lease
 from silo.sync.claim import Owner
 from silo.sync.codec import Encoded, Kind
 from silo.sync.manifest import Manifest
@@ -40,15 +42,14 @@ from silo.tasks import task_group
 
 __all__ = ["CutUpload", "Uploader"]
 
-READ_STEP = 256 * 1024
-"""Bytes that are copied from a fast device before guests get a turn: some hundred microseconds."""
-
 
 @attrs.frozen
 class _Batch:
     volume: str
     chunks: list[int]
     encoded: list[Encoded | None]
+    lease: Lease
+    """Where raw payloads are."""
 
 
 @attrs.define
@@ -62,6 +63,10 @@ class Uploader:
     workers: Workers
     settings: SyncSettings
     elided_chunks: int = 0
+    pool: BufferPool = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.pool = BufferPool(self.settings.batch_size)
 
     async def upload(self, cut: Cut, owner: Owner, heats: Mapping[str, HeatMap]) -> None:
         """Store what the cut adds to the next head; ``pending`` lists it then.
@@ -69,8 +74,11 @@ class Uploader:
         `CapacityError` when the room for copies or for the map has run out; otherwise it goes on until everything
         is stored. When it raises or is cancelled, ``pending`` lists what is stored so far.
         """
-        async with task_group() as tasks:
-            await CutUpload(self, cut, owner, heats, tasks).run()
+        try:
+            async with task_group() as tasks:
+                await CutUpload(self, cut, owner, heats, tasks).run()
+        finally:
+            self.pool.trim()
 
 
 class CutUpload:
@@ -92,6 +100,10 @@ class CutUpload:
         self._pipeline: deque[asyncio.Task[_Batch]] = deque()
         self._zeros: dict[str, list[int]] = {name: [] for name in cut.volumes}
         self._builder = self._new_builder()
+        self._room = shared.settings.segment_size - ENTRY.itemsize
+        """What a segment may have grown to before its last entry. One entry always fits."""
+        self._leases: list[Lease] = []
+        """What the segment that is being packed refers to."""
 
     async def run(self) -> None:
         """Read, encode, pack and start to send everything; the task group waits for the sending."""
@@ -99,10 +111,13 @@ class CutUpload:
             size = max(1, self._shared.settings.batch_size // part.geometry.chunk_size)
             ordered = coldest_first(part.data, self._heats[part.name].write_view)
             for chunks in batches(ordered, size):
-                contents = await self._read(part, chunks)
-                known = [self._shared.pending.digest(part.name, chunk) for chunk in chunks]
+                indices = np.array(chunks, dtype=np.int64)
+                await self._prepare(part.name, indices)
+                known = self._shared.pending.digests(part.name, indices)
+                lease = self._shared.pool.take(len(chunks) << part.geometry.chunk_shift)
+                contents = await part.capture(chunks, lease.view)
                 self._pipeline.append(
-                    self._tasks.create_task(self._encode(part.name, chunks, contents, known))
+                    self._tasks.create_task(self._encode(part.name, chunks, contents, known, lease))
                 )
                 if len(self._pipeline) > self._shared.settings.threads:
                     await self._pack(await self._pipeline.popleft())
@@ -110,8 +125,7 @@ class CutUpload:
             await self._pack(await self._pipeline.popleft())
         for part in self._cut.volumes.values():
             await self._pack_zeros(part)
-        if self._builder.entry_count:
-            await self._send()
+        await self._send()
 
     def check(self) -> None:
         """Raise when the cut has lost old content, so that nothing of it may be committed."""
@@ -121,41 +135,41 @@ class CutUpload:
                 hint="the cut is taken again; give copies more room, or the guest a slower disk",
             )
 
-    async def _read(self, part: VolumeCut, chunks: list[int]) -> list[Buffer]:
-        """The contents at the instant of the cut. The map is made ready for their entries."""
-        volume = self._shared.manifest.volume(part.name)
-        indices = np.array(chunks, dtype=np.int64)
-        for page in volume.pages_of(indices):
+    async def _prepare(self, name: str, chunks: Indices) -> None:
+        """Make the map ready for entries of these chunks."""
+        volume = self._shared.manifest.volume(name)
+        for page in volume.pages_of(chunks):
             try:
-                await self._shared.manifest.load_page(part.name, page, demand=False)
+                await self._shared.manifest.load_page(name, page, demand=False)
             except (UnavailableError, CorruptionError):
                 break  # without it the chunks are simply stored again; a checkpoint will say what is wrong
-        volume.reserve(indices)
-        contents: list[Buffer] = []
-        inline = 0
-        for chunk in chunks:
-            contents.append(await part.read(chunk))
-            part.release(chunk)
-            inline += len(contents[-1])
-            if inline >= READ_STEP:
-                inline = 0
-                await asyncio.sleep(0)
-        return contents
+        volume.reserve(chunks)
 
     async def _encode(
-        self, volume: str, chunks: list[int], contents: list[Buffer], known: list[bytes | None]
+        self,
+        volume: str,
+        chunks: list[int],
+        contents: list[memoryview],
+        known: list[bytes | None],
+        lease: Lease,
     ) -> _Batch:
-        return _Batch(volume, chunks, await self._shared.workers.encode(contents, known))
+        return _Batch(volume, chunks, await self._shared.workers.encode(contents, known), lease)
 
     async def _pack(self, batch: _Batch) -> None:
+        zeros = self._zeros[batch.volume]
         for chunk, encoded in zip(batch.chunks, batch.encoded, strict=True):
             if encoded is None:
                 self._shared.elided_chunks += 1
             elif encoded.kind is Kind.ZERO:
-                self._zeros[batch.volume].append(chunk)
+                zeros.append(chunk)
             else:
-                await self._make_room(len(encoded.payload))
+                if self._builder.size + len(encoded.payload) > self._room:
+                    await self._send()
                 self._builder.add(batch.volume, chunk, encoded.kind, encoded.payload, encoded.digest)
+                if encoded.kind is Kind.RAW and (not self._leases or self._leases[-1] is not batch.lease):
+                    batch.lease.hold()
+                    self._leases.append(batch.lease)
+        batch.lease.drop()
 
     async def _pack_zeros(self, part: VolumeCut) -> None:
         written: Indices = np.array(sorted(self._zeros[part.name]), dtype=np.int64)
@@ -164,25 +178,26 @@ class CutUpload:
                 await asyncio.sleep(0)
             if not self._shared.pending.is_zero(part.name, first, limit):
                 self._shared.manifest.volume(part.name).reserve(np.array([first, limit - 1]))
-                await self._make_room(0)
+                if self._builder.size > self._room:
+                    await self._send()
                 self._builder.add_run(part.name, first, limit)
 
-    async def _make_room(self, payload: int) -> None:
-        """Send the segment that is being packed if one more entry would make it too large."""
-        grown = self._builder.size + payload + ENTRY.itemsize
-        if grown > self._shared.settings.segment_size and self._builder.entry_count:
-            await self._send()
-
     async def _send(self) -> None:
+        if not self._builder.entry_count:
+            return
         segment = self._builder.seal()
         self._builder = self._new_builder()
+        leases, self._leases = self._leases, []
         sender = self._shared.sender
         name = sender.name(self._owner)
         await sender.enter(segment.size)
 
         async def send() -> None:
-            await sender.send(name, segment.buffers, segment.size, self.check)
+            attempts = await sender.send(name, segment.buffers, segment.size, self.check)
             self._shared.pending.add(name, segment)
+            if attempts == 1:  # bytes of one that was given up may still be on their way
+                for lease in leases:
+                    lease.drop()
 
         # A callback, because a task that is cancelled before its first step never gets to a finally.
         self._tasks.create_task(send()).add_done_callback(lambda _: sender.leave(segment.size))

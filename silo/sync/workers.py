@@ -13,7 +13,7 @@ import attrs
 
 from silo.abc import Buffer
 from silo.errors import CorruptionError
-from silo.sync.codec import ChunkDecoder, ChunkEncoder, Encoded
+from silo.sync.codec import ChunkDecoder, ChunkEncoder, Encoded, Kind
 from silo.threads import run_to_completion
 
 __all__ = ["Stored", "Workers"]
@@ -52,8 +52,15 @@ class Workers:
 
     def _encode(self, contents: Sequence[Buffer], known: Sequence[bytes | None]) -> list[Encoded | None]:
         encoder = self._encoders.pop() if self._encoders else ChunkEncoder()
+        encoded: list[Encoded | None] = []
+        doubtful = False  # decided within the batch, so that the same batch is always stored alike
         try:
-            return [encoder.encode(content, digest) for content, digest in zip(contents, known, strict=True)]
+            for content, digest in zip(contents, known, strict=True):
+                made = encoder.encode(content, digest, doubtful=doubtful)
+                if made is not None and made.kind is not Kind.ZERO:
+                    doubtful = made.kind is Kind.RAW
+                encoded.append(made)
+            return encoded
         finally:
             self._encoders.append(encoder)
 
