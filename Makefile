@@ -24,10 +24,10 @@ demo: $(RUNTIME) ## migrate a disk under load between two processes, and verify 
 
 test: $(DEVELOPMENT) ## run the tests; as root on Debian, first install the programs that they talk to
 	@scripts/install-interop
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n auto --dist worksteal $(ARGS)
 
 sim: $(DEVELOPMENT) ## run the simulations over many seeds (SEEDS=1000), or over one (SEED=17)
-	SILO_SIM_SEEDS=$(or $(SEEDS),1000) SILO_SIM_SEED=$(SEED) $(BIN)/pytest -m sim $(ARGS)
+	SILO_SIM_SEEDS=$(or $(SEEDS),1000) SILO_SIM_SEED=$(SEED) $(BIN)/pytest -n auto --dist worksteal -m sim $(ARGS)
 
 bench: $(DEVELOPMENT) ## measure everything against the programs that do the same; prints tables
 	@scripts/install-interop

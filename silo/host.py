@@ -30,7 +30,6 @@ from silo.geometry import Geometry
 from silo.group import CopyLimits, Group
 from silo.hooks.runner import WorkloadRunner
 from silo.hosted import HostedGroup
-from silo.names import check_group_name, check_volume_name
 from silo.opening import (
     VolumeSpec,
     claim_group,
@@ -238,14 +237,7 @@ class Host:
         """The groups that other hosts would move here, as they come. No deadline: waiting is what it is for."""
         reception = self._running_reception()
         async for offer in reception.offers():
-            try:
-                check_group_name(offer.group)
-                for volume in offer.volumes:
-                    check_volume_name(volume.name)
-            except InvalidRequestError as error:
-                offer.refuse(error.message)  # its names may end up in paths here
-            else:
-                yield Arrival(offer, self)
+            yield Arrival(offer, self)
 
     async def accept(
         self,

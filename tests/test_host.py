@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import attrs
 import pytest
 
 from silo import FileDevice, Host, MemoryDevice, SyncSettings
@@ -13,6 +14,7 @@ from silo.errors import ClosedError, FencedError, InvalidRequestError, Unavailab
 from silo.exports.nbd_client import NbdClient
 from silo.opening import VolumeSpec
 from silo.sync.memory_store import MemoryStore
+from silo.sync.settings import RetrySettings
 
 MIB = 1 << 20
 SIZE = 8 * MIB
@@ -233,9 +235,10 @@ async def test_a_store_that_becomes_a_file_is_an_alarm_and_no_end(tmp_path: Path
     """The guest goes on, the status says what is wrong, and everything is stored once somebody has mended it."""
     fill(tmp_path / "disk.img")
     store = tmp_path / "store"
+    impatient = attrs.evolve(QUICK, retry=RetrySettings(refused_delay_s=0.05))
     async with Host(tmp_path / "state") as host:
         group = await host.open_group(
-            "vm1", {"disk": FileDevice(tmp_path / "disk.img")}, store=f"file://{store}", sync=QUICK
+            "vm1", {"disk": FileDevice(tmp_path / "disk.img")}, store=f"file://{store}", sync=impatient
         )
         await group.sync_now()
         store.rename(tmp_path / "aside")

@@ -20,6 +20,7 @@ from silo.names import check_group_name, check_volume_name
 from silo.p2p.channel import Channel, common_version, greet
 from silo.p2p.conversation import Side
 from silo.p2p.messages import (
+    TEXT_MAX,
     Hello,
     Lane,
     Offer,
@@ -201,7 +202,9 @@ class Reception:
         message = await channel.receive_message()
         if not isinstance(message, Offer):
             raise RemoteProtocolError("the source did not offer anything")
-        _check(hello, message)
+        if fault := _fault(hello, message):
+            await channel.send(Refused(reason=Reason.DENIED, host=host, message=fault[:TEXT_MAX]))
+            return
         if session is not None:
             await session.serve_accepted(channel, hello)
             return
@@ -216,8 +219,8 @@ class Reception:
         await offer.wait(channel, hello, host)
 
 
-def _check(hello: Hello, offer: Offer) -> None:
-    """Names become file names and keys here: `RemoteProtocolError` unless they can. So can geometries."""
+def _fault(hello: Hello, offer: Offer) -> str:
+    """Names become file names and keys here: why they cannot, if so. Likewise geometries."""
     try:
         check_group_name(hello.group)
         for volume in offer.volumes:
@@ -225,5 +228,6 @@ def _check(hello: Hello, offer: Offer) -> None:
             volume.geometry()
         if len({volume.name for volume in offer.volumes}) != len(offer.volumes):
             raise InvalidRequestError("two volumes have one name")
-    except InvalidRequestError as error:
-        raise RemoteProtocolError(f"the offer cannot be taken: {error}") from error
+    except (InvalidRequestError, RemoteProtocolError) as error:
+        return f"the offer cannot be taken: {error.message}"
+    return ""
