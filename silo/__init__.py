@@ -42,6 +42,8 @@ if TYPE_CHECKING:
         UnavailableError,
     )
     from silo.events import MigrationEvent, MigrationReport, Phase
+    from silo.exports.nbd_server import NbdServerSettings
+    from silo.exports.nbd_tls import NbdTls
     from silo.geometry import Geometry
     from silo.group import Group
     from silo.host import Host
@@ -68,6 +70,8 @@ _HOMES = {
         "ProtocolError", "RemoteProtocolError", "SiloError", "UnavailableError",
     ),
     "silo.events": ("MigrationEvent", "MigrationReport", "Phase"),
+    "silo.exports.nbd_server": ("NbdServerSettings",),
+    "silo.exports.nbd_tls": ("NbdTls",),
     "silo.geometry": ("Geometry",),
     "silo.group": ("Group",),
     "silo.host": ("Host",),
@@ -106,6 +110,8 @@ __all__ = [
     "MigrationEvent",
     "MigrationReport",
     "Move",
+    "NbdServerSettings",
+    "NbdTls",
     "ObjectStore",
     "Phase",
     "PlainTransport",

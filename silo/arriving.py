@@ -19,6 +19,7 @@ from typing import Protocol
 from silo.abc import BlockDevice, ObjectStore, Workload
 from silo.chunkmap import ChunkMap
 from silo.errors import InvalidRequestError
+from silo.exports.nbd_tls import NbdTls
 from silo.geometry import Geometry
 from silo.group import CopyLimits, Group
 from silo.hosted import HostedGroup
@@ -47,6 +48,7 @@ class Accepts(Protocol):
         workload: Workload | None,
         copies: CopyLimits | None,
         export: str | None,
+        tls: NbdTls | None,
     ) -> HostedGroup:
         """Take the group in."""
 
@@ -88,10 +90,12 @@ class Arrival:
         workload: Workload | None = None,
         copies: CopyLimits | None = None,
         export: str | None = None,
+        tls: NbdTls | None = None,
     ) -> HostedGroup:
         """Take the group in, onto these devices; what they hold gives way. Returns while it is being copied.
 
-        ``export`` serves it over NBD at this address from the beginning: clients wait until the group is ours. See
+        ``export`` serves it over NBD at this address from the beginning, with ``tls`` as `Host.export` does: clients
+        wait until the group is ours. See
         `HostedGroup.wait_running` for whether anything comes of it. When this raises, the source is told why.
         """
         return await self._host.accept(
@@ -103,6 +107,7 @@ class Arrival:
             workload=workload,
             copies=copies,
             export=export,
+            tls=tls,
         )
 
     def refuse(self, message: str) -> None:

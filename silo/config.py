@@ -17,6 +17,10 @@ an error names the key, what was found and what would have been right::
     [incoming]
     directory = "/srv/silo"                   # where the disks of arriving groups are put
 
+    [nbd]                                     # see silo.nbdconfig
+    certificate = "/etc/silo/server-cert.pem"
+    key = "/etc/silo/server-key.pem"
+
     [groups.vm1]
     listen = ["unix:/run/silo/vm1.sock"]
 
@@ -39,6 +43,7 @@ import msgspec
 
 from silo.errors import InvalidRequestError
 from silo.names import check_group_name, check_volume_name
+from silo.nbdconfig import NbdConfig
 from silo.settings import parse_duration, parse_rate, parse_size
 
 __all__ = [
@@ -166,6 +171,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sync: SyncConfig = SyncConfig()
     migration: MigrationConfig = MigrationConfig()
     incoming: IncomingConfig = IncomingConfig()
+    nbd: NbdConfig = NbdConfig()
     groups: dict[str, GroupConfig] = {}
     workload: WorkloadConfig = WorkloadConfig()
 
@@ -197,6 +203,13 @@ def _convert(data: Mapping[str, Any], origin: str) -> ServeConfig:
         ) from error
 
 
+def _convert_nbd(values: Mapping[str, Any]) -> NbdConfig:
+    try:
+        return msgspec.convert(values, NbdConfig)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"flags: nbd: {error}", hint="see `silo serve --help`") from error
+
+
 def check_config(config: ServeConfig, origin: str) -> ServeConfig:
     """Check every number, name and address. Returns the config."""
     where = origin
@@ -211,6 +224,8 @@ def check_config(config: ServeConfig, origin: str) -> ServeConfig:
             raise InvalidRequestError("the timeout of hooks must be positive")
         if config.migration.hot_bytes < 0:
             raise InvalidRequestError("the limit of hot chunks cannot be negative", hint='"0" pushes none')
+        where = f"{origin}: nbd"
+        config.nbd.check()
         for url in (config.listen, config.peer):
             where = f"{origin}: address {url!r}"
             _check_address(url)
@@ -290,6 +305,7 @@ def merge_flags(
     listen: Sequence[str] = (),
     sync_interval: str | None = None,
     incoming: str | None = None,
+    nbd: Mapping[str, str | None] | None = None,
     **flags: str | bool | None,
 ) -> ServeConfig:
     """The config with the flags that were given put over it, checked again."""
@@ -298,6 +314,8 @@ def merge_flags(
         changes["sync"] = msgspec.structs.replace(config.sync, interval=sync_interval)
     if incoming is not None:
         changes["incoming"] = msgspec.structs.replace(config.incoming, directory=incoming)
+    if given := {key: value for key, value in (nbd or {}).items() if value is not None}:
+        changes["nbd"] = _convert_nbd({**msgspec.structs.asdict(config.nbd), **given})
     if volumes and group is None:
         raise InvalidRequestError("--volume needs --group", hint="name the group that the volume belongs to")
     if group is not None:

@@ -23,6 +23,7 @@ from silo.control import ControlServer, Result
 from silo.devices.file import FileDevice
 from silo.devices.overlay_open import open_overlay
 from silo.errors import FencedError, InvalidRequestError, SiloError
+from silo.exports.nbd_tls import NbdTls
 from silo.files import lock_exclusive, os_error
 from silo.hooks.command import CommandWorkload
 from silo.host import Host
@@ -31,6 +32,7 @@ from silo.opening import VolumeSpec
 from silo.p2p.settings import MigrationSettings
 from silo.p2p.transport import PlainTransport
 from silo.sync.settings import SyncSettings
+from silo.threads import run_to_completion
 
 __all__ = ["Say", "serve_until_told"]
 
@@ -53,10 +55,15 @@ async def serve_until_told(config: ServeConfig, say: Say, *, host_is_dead: bool 
         migration = MigrationSettings(
             workload_timeout_s=config.migration.workload_timeout_s, hot_size=config.migration.hot_bytes
         )
+        tls = await run_to_completion(None, config.nbd.load)
         async with Host(
-            config.state, listen=config.peer or None, transport=transport, migration=migration
+            config.state,
+            listen=config.peer or None,
+            transport=transport,
+            migration=migration,
+            nbd=config.nbd.settings(),
         ) as host:
-            daemon = _Daemon(host, config, say)
+            daemon = _Daemon(host, config, say, tls)
             await daemon.open_groups(host_is_dead=host_is_dead)
             async with (
                 ControlServer(Path(config.state) / "control.sock", daemon.verbs()),
@@ -93,8 +100,9 @@ class _Signals:
 class _Daemon:
     """The verbs of the control socket, on one host."""
 
-    def __init__(self, host: Host, config: ServeConfig, say: Say) -> None:
+    def __init__(self, host: Host, config: ServeConfig, say: Say, tls: NbdTls | None) -> None:
         self._host = host
+        self._tls = tls
         self._config = config
         self._say = say
 
@@ -164,9 +172,10 @@ class _Daemon:
             sync=self._sync_settings(),
             workload=self._workload(self._config.groups.get(offer.group)),
             export=urls[0] if urls else None,
+            tls=self._tls_at(urls[0]) if urls else None,
         )
         for url in urls[1:]:
-            await self._host.export(hosted, url)
+            await self._host.export(hosted, url, tls=self._tls_at(url))
         text = f"{offer.group} is arriving from {offer.peer}"
         self._say({"event": "arriving", "group": offer.group, "peer": offer.peer}, text)
 
@@ -189,7 +198,11 @@ class _Daemon:
 
     async def export(self, hosted: HostedGroup) -> None:
         for url in self._config.listen_urls(hosted.name):
-            await self._host.export(hosted, url)
+            await self._host.export(hosted, url, tls=self._tls_at(url))
+
+    def _tls_at(self, url: str) -> NbdTls | None:
+        """A Unix socket is protected by its file's permissions."""
+        return self._tls if url.startswith("tcp:") else None
 
     def _sync_settings(self) -> SyncSettings:
         return SyncSettings(rpo_s=self._config.sync.interval_s, rate_bps=self._config.sync.bandwidth_bps)

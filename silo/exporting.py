@@ -9,9 +9,10 @@ import asyncio
 
 import attrs
 
+from silo.errors import InvalidRequestError
 from silo.exports.nbd_exports import NbdExport, NbdExports
-from silo.exports.nbd_server import NbdServer
-from silo.exports.nbd_uri import NbdUri
+from silo.exports.nbd_server import NbdServer, NbdServerSettings
+from silo.exports.nbd_tls import NbdTls
 from silo.group import Group
 
 __all__ = ["Exporter", "GroupExport"]
@@ -28,30 +29,44 @@ class GroupExport:
     def uri(self, volume: str = "") -> str:
         """How a client reaches a volume; without a name, the only one of the group."""
         name = volume or (self.volumes[0] if len(self.volumes) == 1 else "")
-        return str(NbdUri(self.server.addresses[0], f"{self.group}/{name}" if name else ""))
+        return self.server.uri(f"{self.group}/{name}" if name else "")
 
 
 class Exporter:
     """See the module. Belongs to the host's event loop."""
 
-    def __init__(self, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, tasks: asyncio.TaskGroup, settings: NbdServerSettings | None = None) -> None:
         self._tasks = tasks
+        self._settings = settings or NbdServerSettings()
         self._exports = NbdExports()
         self._servers: dict[str, NbdServer] = {}
         self._groups: dict[str, list[GroupExport]] = {}
 
-    def add(self, group: Group, url: str) -> GroupExport:
-        """Serve a group's volumes at ``unix:/path`` or ``tcp:host:port``. The same address twice is harmless."""
+    def add(self, group: Group, url: str, tls: NbdTls | None = None) -> GroupExport:
+        """Serve a group's volumes at ``unix:/path`` or ``tcp:host:port``. The same address twice is harmless.
+
+        `InvalidRequestError` when the address cannot be had, or is served already with other certificates.
+        """
         server = self._servers.get(url)
         if server is None:
-            server = NbdServer(self._exports, self._tasks)
+            server = NbdServer(self._exports, self._tasks, settings=self._settings, tls=tls)
             server.listen(url)
             self._servers[url] = server
+        elif server.tls is not tls:
+            raise InvalidRequestError(
+                f"{url} is served with other TLS settings",
+                hint="give both groups the same, or take another address",
+            )
         for name, volume in group.volumes.items():
             full = f"{group.name}/{name}"
             if self._exports.get(full) is None:
                 self._exports.add(
-                    NbdExport(full, volume, description="flushes are durable on the local disk")
+                    NbdExport(
+                        full,
+                        volume,
+                        description="flushes are durable on the local disk",
+                        connections_max=self._settings.connections_max,
+                    )
                 )
         exports = self._groups.setdefault(group.name, [])
         for export in exports:

@@ -26,6 +26,8 @@ from silo.arriving import Arrival, prepare_arrival
 from silo.clock import SystemClock
 from silo.errors import ClosedError, InvalidRequestError, SiloError
 from silo.exporting import Exporter, GroupExport
+from silo.exports.nbd_server import NbdServerSettings
+from silo.exports.nbd_tls import NbdTls
 from silo.geometry import Geometry
 from silo.group import CopyLimits, Group
 from silo.hooks.runner import WorkloadRunner
@@ -66,14 +68,17 @@ class Host:
         listen: str | None = None,
         transport: Transport | None = None,
         migration: MigrationSettings | None = None,
+        nbd: NbdServerSettings | None = None,
         clock: Clock | None = None,
     ) -> None:
         """``listen`` is where other hosts may bring groups. ``transport`` decides how hosts reach one another: by
-        default over Unix sockets only, as plain TCP must be asked for (`silo.p2p.transport.PlainTransport`)."""
+        default over Unix sockets only, as plain TCP must be asked for (`silo.p2p.transport.PlainTransport`). ``nbd``
+        limits what the clients of `export` may take."""
         self.clock = clock or SystemClock()
         self.groups: dict[str, HostedGroup] = {}
         self._path = Path(state)
         self._listen = listen
+        self._nbd = nbd
         self._transport = transport or PlainTransport()
         self._migration = migration or MigrationSettings()
         self._site: Site | None = None
@@ -104,7 +109,7 @@ class Host:
         await self._tasks.__aenter__()
         if self._listen is not None:
             self._receiving = self._tasks.create_task(self._reception.run())
-        self._exporter = Exporter(self._tasks)
+        self._exporter = Exporter(self._tasks, self._nbd)
         self._ticker = self._tasks.create_task(self._tick())
         return self
 
@@ -250,6 +255,7 @@ class Host:
         workload: Workload | None,
         copies: CopyLimits | None,
         export: str | None,
+        tls: NbdTls | None,
     ) -> HostedGroup:
         """See `Arrival.accept`."""
         specs = _specs(devices)
@@ -262,7 +268,7 @@ class Host:
             await prepare_arrival(offer, group, state, link, specs)
             hosted = self._hosted(group, state, link, workload)
             if export is not None:
-                await self.export(hosted, export)
+                await self.export(hosted, export, tls=tls)
         except BaseException as error:
             offer.refuse(
                 error.message if isinstance(error, SiloError) else "the host failed to prepare for it"
@@ -356,9 +362,13 @@ class Host:
             await state.aclose()
         return {volume.name: volume.geometry for volume in identity.volumes} if identity is not None else {}
 
-    async def export(self, group: HostedGroup, url: str) -> GroupExport:
-        """Serve a group over NBD at ``unix:/path`` or ``tcp:host:port``, until the group or the host is closed."""
-        return self._running_exporter().add(group.group, url)
+    async def export(self, group: HostedGroup, url: str, *, tls: NbdTls | None = None) -> GroupExport:
+        """Serve a group over NBD at ``unix:/path`` or ``tcp:host:port``, until the group or the host is closed.
+
+        With ``tls`` (`NbdTls.from_files`) connections are encrypted, and clients may be asked who they are; several
+        groups at one address share one. `InvalidRequestError` when the address cannot be had.
+        """
+        return self._running_exporter().add(group.group, url, tls)
 
     async def close_group(self, group: HostedGroup, *, drain: bool = True) -> None:
         """Stop serving a group, as `HostedGroup.close`. A migration away is aborted, or waited for when it is too late

@@ -27,6 +27,12 @@ hot = "64M"
 [incoming]
 directory = "/srv"
 
+[nbd]
+certificate = "cert.pem"
+key = "key.pem"
+connections = 16
+memory = "64M"
+
 [groups.vm1]
 listen = ["unix:/run/vm1.sock", "tcp:127.0.0.1:10809"]
 
@@ -57,6 +63,8 @@ def test_a_full_file_is_understood(tmp_path: Path) -> None:
     assert config.workload.commands == {"suspend": "true"}
     assert config.migration.workload_timeout_s == 90.0
     assert config.migration.hot_bytes == 64 << 20
+    limits = config.nbd.settings()
+    assert (limits.connections_max, limits.payload_bytes, limits.handshake_timeout_s) == (16, 64 << 20, 30.0)
 
 
 def test_flags_make_the_same_config_as_the_file(tmp_path: Path) -> None:
@@ -147,3 +155,33 @@ def test_bases_of_an_overlay_are_listed_nearest_first() -> None:
     _, disk = parse_volume_flag("disk=d.overlay,base=patched.overlay,base=golden.img")
     assert disk.bases == ["patched.overlay", "golden.img"]
     assert parse_volume_flag("disk=d.img")[1].bases == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("certificate = 'x'", "needs its key"),
+        ("client_ca = 'x'", "without TLS"),
+        ("connections = 0", "connections"),
+        ("memory = '4K'", "too little"),
+        ("handshake_timeout = '0s'", "positive"),
+        ("tls = 'never'", "tls"),
+        ("client_certificates = 'some'", "client_certificates"),
+    ],
+)
+def test_what_makes_no_sense_for_nbd_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    """With the place in the file."""
+    with pytest.raises(InvalidRequestError, match=expected) as raised:
+        load_config(write(tmp_path, f"[nbd]\n{text}\n"))
+    assert "nbd" in str(raised.value)
+
+
+def test_flags_for_nbd_beat_the_file(tmp_path: Path) -> None:
+    """Each of them alone; what makes no sense together is found."""
+    config = load_config(write(tmp_path, FULL))
+    merged = merge_flags(config, nbd={"certificate": "other.pem", "key": None})
+    assert (merged.nbd.certificate, merged.nbd.key, merged.nbd.connections) == ("other.pem", "key.pem", 16)
+    with pytest.raises(InvalidRequestError, match="tls"):
+        merge_flags(config, nbd={"tls": "never"})
+    with pytest.raises(InvalidRequestError, match="needs its key"):
+        merge_flags(ServeConfig(), nbd={"certificate": "cert.pem"})

@@ -23,7 +23,7 @@ RINGS: dict[int, str] = {
     DRIVERS: """chunklocks clock files frozen gate group hydration linux localchunks mapfile sockets statedir tasks
         threads throttle volume volumestate""",
     FACES: """__main__ agent arriving cli config control daemon demo exporting host hosted hydrator metrics moving
-        opening restoring storelink testing trio""",
+        nbdconfig opening restoring storelink testing trio""",
 }
 """Where everything at the first level belongs. A new module needs its place here."""
 

@@ -52,6 +52,17 @@ InsecurePeer = Annotated[
 Incoming = Annotated[
     str | None, _flag("Directory for the disks of arriving groups. Default: <state>/incoming.")
 ]
+NbdCertificate = Annotated[
+    str | None, _flag("Serve NBD over TLS at TCP addresses: the server's certificate, a PEM file.")
+]
+NbdKey = Annotated[str | None, _flag("The key of --nbd-certificate, a PEM file.")]
+NbdTlsPolicy = Annotated[
+    str | None, _flag("required, or optional: clients may stay in the clear. Default required.")
+]
+NbdClientCa = Annotated[
+    str | None, _flag("Clients must show a certificate that this authority has signed: a PEM file.")
+]
+NbdClients = Annotated[str | None, _flag("required, or optional: clients may show none. Default required.")]
 HostIsDead = Annotated[
     bool,
     typer.Option(
@@ -79,6 +90,11 @@ def serve(
     peer: Peer = None,
     insecure_peer: InsecurePeer = None,
     incoming: Incoming = None,
+    nbd_certificate: NbdCertificate = None,
+    nbd_key: NbdKey = None,
+    nbd_tls: NbdTlsPolicy = None,
+    nbd_client_ca: NbdClientCa = None,
+    nbd_client_certificates: NbdClients = None,
     host_is_dead: HostIsDead = False,
     json: Json = False,
 ) -> None:
@@ -104,6 +120,13 @@ def serve(
         peer=peer,
         insecure_peer=insecure_peer,
         incoming=incoming,
+        nbd={
+            "certificate": nbd_certificate,
+            "key": nbd_key,
+            "tls": nbd_tls,
+            "client_ca": nbd_client_ca,
+            "client_certificates": nbd_client_certificates,
+        },
     )
     from silo.daemon import serve_until_told
 

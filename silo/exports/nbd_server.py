@@ -18,7 +18,7 @@ import attrs
 
 from silo.addresses import TcpAddress, UnixAddress, parse_address
 from silo.exports.nbd_connection import NbdConnection
-from silo.exports.nbd_exports import NbdExports
+from silo.exports.nbd_exports import CONNECTIONS_MAX, NbdExports
 from silo.exports.nbd_stream import Stream
 from silo.exports.nbd_tls import NbdTls
 from silo.exports.nbd_transmission import PayloadBudget, TransmissionLimits
@@ -45,6 +45,8 @@ class NbdServerSettings:
     """What all connections together hold of unfinished requests and unsent replies."""
     handshakes_max: int = 128
     """Connections that have not chosen an export yet; one more closes the oldest of them."""
+    connections_max: int = CONNECTIONS_MAX
+    """Of one export, through all servers that offer it; one more closes the oldest of them."""
     limits: TransmissionLimits = attrs.field(factory=TransmissionLimits)
 
 
@@ -62,7 +64,7 @@ class NbdServer:
         self.exports = exports
         self.settings = settings or NbdServerSettings()
         self._tasks = tasks
-        self._tls = tls
+        self.tls = tls
         self._budget = PayloadBudget(self.settings.payload_bytes)
         self._listeners: dict[socket.socket, asyncio.Task[None]] = {}
         self._paths: list[str] = []
@@ -80,7 +82,7 @@ class NbdServer:
 
     def uri(self, export: str = "") -> str:
         """How a client reaches an export through the first address."""
-        return str(NbdUri(self.addresses[0], export))
+        return str(NbdUri(self.addresses[0], export, tls=self.tls is not None))
 
     def listen(self, where: str | socket.socket) -> UnixAddress | TcpAddress:
         """Accept clients at ``unix:/path`` or ``tcp:host:port``, or on a socket that is listening already.
@@ -124,7 +126,7 @@ class NbdServer:
             self._budget,
             self.settings.limits,
             handshake_timeout_s=self.settings.handshake_timeout_s,
-            tls=self._tls,
+            tls=self.tls,
         )
         task = self._tasks.create_task(connection.run())
         self._connections[connection] = task

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, cast
+from typing import Final, Self, cast
 
 import attrs
 
@@ -21,7 +23,7 @@ from silo.errors import InvalidRequestError
 from silo.exports.nbd_catalog import TlsPolicy
 from silo.exports.nbd_stream import Stream
 
-__all__ = ["NbdTls", "TlsStream", "server_context"]
+__all__ = ["NbdTls", "TlsStream", "server_context", "using"]
 
 _CIPHER_READ: Final = 256 * 1024
 
@@ -32,6 +34,31 @@ class NbdTls:
 
     context: ssl.SSLContext
     policy: TlsPolicy = TlsPolicy.REQUIRED
+
+    @classmethod
+    def from_files(
+        cls,
+        certificate: str | os.PathLike[str],
+        key: str | os.PathLike[str],
+        *,
+        client_authority: str | os.PathLike[str] | None = None,
+        clients_must_show: bool = True,
+        required: bool = True,
+    ) -> Self:
+        """From PEM files, which are read now, in the calling thread.
+
+        With ``client_authority`` only clients with a certificate that it has signed are let in; without
+        ``clients_must_show`` a client may also show none. ``required``: nothing is served in the clear.
+        `InvalidRequestError` when a file cannot be used, or they do not fit together.
+        """
+        authority = None if client_authority is None else Path(client_authority)
+        context = server_context(
+            Path(certificate),
+            Path(key),
+            authority=authority,
+            require_client=authority is not None and clients_must_show,
+        )
+        return cls(context, TlsPolicy.REQUIRED if required else TlsPolicy.OPTIONAL)
 
     async def upgrade(self, stream: Stream) -> Stream:
         """Encrypt a connection from here on. Whatever fails closes it."""
@@ -53,18 +80,33 @@ def server_context(
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(certificate, key)
-        if authority is not None:
+    with using(certificate):
+        # Without a passphrase callback a protected key would ask on the terminal, or wait for ever without one.
+        context.load_cert_chain(certificate, key, password=_no_passphrase)
+    if authority is not None:
+        with using(authority):
             context.load_verify_locations(authority)
-            context.verify_mode = ssl.CERT_REQUIRED if require_client else ssl.CERT_OPTIONAL
-    except OSError as error:
-        raise InvalidRequestError(f"cannot use {certificate}: {error.strerror or error}") from error
+        context.verify_mode = ssl.CERT_REQUIRED if require_client else ssl.CERT_OPTIONAL
     if require_client and authority is None:
         raise InvalidRequestError(
             "client certificates are required and nobody is trusted", hint="name an authority"
         )
     return context
+
+
+@contextlib.contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Turn what goes wrong with a PEM file into an `InvalidRequestError` that names it."""
+    try:
+        yield
+    except OSError as error:  # of the file system, or of `ssl`
+        raise InvalidRequestError(f"cannot use {path}: {error.strerror or error}") from error
+
+
+def _no_passphrase() -> str:
+    raise InvalidRequestError(
+        "the key is protected by a passphrase", hint="decrypt it and protect the file instead"
+    )
 
 
 class TlsStream(Stream):

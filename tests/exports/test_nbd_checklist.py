@@ -11,6 +11,7 @@ HOMES = {
     "tools": "tests/interop/test_nbd_tools.py",
     "extended": "tests/interop/test_nbd_extended.py",
     "hostile": "tests/interop/test_nbd_hostile.py",
+    "serve": "tests/cli/test_serve_tls.py",
     "trim": "tests/test_volume_trim.py",
 }
 
