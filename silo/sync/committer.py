@@ -72,6 +72,15 @@ class Committer:
         """Chunks that were not stored because the store had their content already."""
         return self._uploader.elided_chunks
 
+    @property
+    def under_way(self) -> frozenset[str]:
+        """Keys of segments that are stored and in no head yet."""
+        return frozenset(segment.key for segment in self._pending.segments)
+
+    def retire(self, segments: frozenset[str]) -> None:
+        """Chunks in these segments are stored again when they are in a cut, even if their content is the same."""
+        self._pending.retiring = segments
+
     def is_idle(self, cut: Cut) -> bool:
         """Whether there is nothing at all to do for this cut, not even a checkpoint that cannot wait."""
         overdue = len(self.manifest.head.segments) >= 4 * self._settings.checkpoint_segments

@@ -47,6 +47,8 @@ class Pending:
         self._directory = directory
         self._listed: list[_Listed] = []
         self._left_over: CommittedMap | None = None
+        self.retiring: frozenset[str] = frozenset()
+        """Segments that are to become empty: what is in them is stored again although its content is the same."""
         self._spool = tempfile.SpooledTemporaryFile(SPOOL_MEMORY, dir=directory)  # noqa: SIM115
         self._spool_end = 0
 
@@ -74,7 +76,13 @@ class Pending:
 
     def digests(self, volume: str, chunks: Indices) -> list[bytes | None]:
         """The digests that the next head gives to chunks that it need not list again; ``None`` where there is none."""
-        found = self._manifest.volume(volume).digests(chunks)
+        committed = self._manifest.volume(volume)
+        found = committed.digests(chunks)
+        if self.retiring:
+            for position, chunk in enumerate(chunks.tolist()):
+                place = committed.locate(chunk)
+                if place is not None and place.key in self.retiring:
+                    found[position] = None
         if self._left_over is not None:
             newer = self._left_over.volumes[volume]
             for position, chunk in enumerate(chunks.tolist()):

@@ -6,7 +6,7 @@ import attrs
 
 from silo.errors import InvalidRequestError
 
-__all__ = ["FetchSettings", "RetrySettings", "SyncSettings"]
+__all__ = ["CollectorSettings", "FetchSettings", "RetrySettings", "SyncSettings"]
 
 MIB = 1024 * 1024
 
@@ -92,3 +92,22 @@ class FetchSettings:
             raise InvalidRequestError("at least one lane each is needed, and 1 to 64 threads")
         if self.run_size < 1 or self.run_gap < 0 or self.patience_s < 0:
             raise InvalidRequestError("run_size must be positive, run_gap and patience_s not negative")
+
+
+@attrs.frozen(kw_only=True)
+class CollectorSettings:
+    """When the collector works. A group that is idle, and has nothing dead left in the store, sends nothing."""
+
+    interval_s: float = 600.0
+    """Time between two passes, when anything was committed since the last one."""
+    grace_s: float = 300.0
+    """How long an object that nothing needs is left alone, for the sake of readers without a pin."""
+    pause_s: float = 10.0
+    """Least time between two passes, when much is being overwritten."""
+    share: float = 0.1
+    """How much must be sent, as a part of what is live, so that a pass is made before its time."""
+    is_on: bool = True
+
+    def __attrs_post_init__(self) -> None:
+        if not (0 < self.pause_s <= self.interval_s and self.grace_s >= 0 and self.share > 0):
+            raise InvalidRequestError("the collector's interval must be positive and its grace not negative")

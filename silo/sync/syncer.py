@@ -137,6 +137,20 @@ class Syncer:
         return self._committer.amendments
 
     @property
+    def under_way(self) -> frozenset[str]:
+        """Keys of segments that are stored and in no head yet."""
+        return self._committer.under_way
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that were uploaded since `open`."""
+        return self._committer.sender.sent_bytes
+
+    def retire(self, segments: frozenset[str]) -> None:
+        """As `Committer.retire`: chunks in these segments are stored again when they are in a cut."""
+        self._committer.retire(segments)
+
+    @property
     def status(self) -> SyncStatus:
         """Everything that can be seen from outside. Cheap, but not free: it counts dirty chunks."""
         trouble = self._trouble()
@@ -197,6 +211,13 @@ class Syncer:
         """
         if self._group.exposed_bytes == 0:
             return self.generation
+        return await self._wait_done(self._begun + 1)
+
+    async def wait_cycle(self) -> int:
+        """Return once a cut taken after this call is committed, or found to have nothing to commit, at its own pace.
+
+        Waits and raises as `sync_now`.
+        """
         return await self._wait_done(self._begun + 1)
 
     async def _wait_done(self, ticket: int) -> int:

@@ -16,6 +16,7 @@ from silo.group import CopyLimits, Group
 from silo.sync.claim import Expectation
 from silo.sync.committer import volume_infos
 from silo.sync.head import Head
+from silo.sync.manifest import Manifest
 from silo.sync.reader import StoreReader
 from silo.sync.register import Register
 from silo.sync.restore import open_newest, restore_volume
@@ -103,10 +104,12 @@ async def syncing(
             await syncer.close(drain=drain)
 
 
-async def restored(store: ObjectStore, clock: Clock, group: str = "vm1") -> dict[str, bytes]:
-    """The image of every volume that a restorer with nothing but the store gets."""
+async def restored(
+    store: ObjectStore, clock: Clock, group: str = "vm1", *, body: Head | None = None
+) -> dict[str, bytes]:
+    """The image of every volume that a restorer with nothing but the store gets; of the generation of ``body``."""
     reader = StoreReader(store, clock, FETCH)
-    manifest = await open_newest(reader, group)
+    manifest = await (Manifest.open(body, reader) if body else open_newest(reader, group))
     try:
         found = {}
         for info in manifest.head.volumes:
