@@ -114,6 +114,7 @@ class HostedGroup:
     async def start(self) -> None:
         """Begin to sync and to hydrate. The group was claimed."""
         if self.link is not None:
+            self.link.may_tidy = lambda: self.phase == "running"
             await self.link.start(self.group, self._tasks)
         self._hydrate()
         self._settle("running")
@@ -124,6 +125,7 @@ class HostedGroup:
             return
         if self.link is not None:
             self.link.fill_known_zeros(self.group)
+            self.hydrator.first_reads = self.link.first_reads
         self._hydrating = self._spawn(self.hydrator.run())
 
     def _settle(self, phase: str, error: SiloError | None = None) -> None:

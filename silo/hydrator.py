@@ -1,5 +1,7 @@
 """Hydration in the background: pulling what is absent, the hottest first, while guests go first.
 
+What was read first after an earlier start comes before all that: a list in the store says so (`FirstReads`).
+
 Runs beside the guest after a lazy restore or a migration, until nothing is absent in the store any more. It asks
 for a good number of chunks at once, so that the store's source can fetch neighbours in one request; demand reads
 have lanes of their own there. A store that does not answer is asked again with growing delay; a chunk whose
@@ -11,17 +13,20 @@ Chunks that only a migration's source has are not its business: the migration pu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 
 import numpy as np
 
 from silo.abc import Clock
-from silo.chunkmap import RESIDENCY_MASK, Residency
+from silo.chunkmap import RESIDENCY_MASK, Indices, Residency
 from silo.errors import ClosedError, CorruptionError, SiloError
 from silo.group import Group
 from silo.volume import Volume
 
-__all__ = ["Hydrator"]
+__all__ = ["FirstReads", "Hydrator"]
+
+logger = logging.getLogger(__name__)
 
 CONCURRENCY = 64
 """Chunks asked for at once: 4 MiB in chunks of the default size, one large request's worth."""
@@ -31,11 +36,16 @@ DELAY_MIN_S = 0.2
 DELAY_MAX_S = 10.0
 
 
+FirstReads = Callable[[], Awaitable[Mapping[str, Indices]]]
+"""Asks for the chunks of each volume that should come first. It is a hint: the numbers may be out of bounds."""
+
+
 class Hydrator:
     """See the module. ``error`` says why it makes no progress just now; empty when it does."""
 
     def __init__(self, group: Group, clock: Clock) -> None:
         self.error = ""
+        self.first_reads: FirstReads | None = None
         self._group = group
         self._clock = clock
         self._delay_s = DELAY_MIN_S
@@ -56,6 +66,8 @@ class Hydrator:
 
     async def run(self) -> None:
         """Hydrate until nothing is absent in the store. Cancellation leaves chunks absent or filled, no third way."""
+        if self.first_reads is not None and self._group.absent_counts((Residency.ABSENT_STORE,)):
+            await self._prefetch(self.first_reads)
         while True:
             failed = 0
             for volume, chunks in self._batches():
@@ -66,6 +78,21 @@ class Hydrator:
                 await self._pause()
         self.error = ""
         self._done.set()
+
+    async def _prefetch(self, ask: FirstReads) -> None:
+        try:
+            wanted = await ask()
+        except SiloError as error:
+            logger.warning("group %s: its first reads are not known: %s", self._group.name, error)
+            return
+        for name, chunks in wanted.items():
+            if (volume := self._group.volumes.get(name)) is None:
+                continue
+            chunks = chunks[chunks < volume.chunks.count]
+            states = volume.chunks.view[chunks] & RESIDENCY_MASK
+            absent = chunks[states == Residency.ABSENT_STORE]
+            for start in range(0, len(absent), CONCURRENCY):
+                await self._hydrate(volume, absent[start : start + CONCURRENCY].tolist())
 
     def _batches(self) -> Iterator[tuple[Volume, list[int]]]:
         """Batches of absent chunks, volume by volume and window by window, the hottest-read first in each."""

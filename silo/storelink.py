@@ -14,16 +14,18 @@ It is also what a migration sees of all this: `silo.p2p.ports.Ownership`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 from silo.abc import Buffer, ChunkSource, Clock, ObjectStore
-from silo.chunkmap import RESIDENCY_MASK, ChunkMap, Residency, runs_of
+from silo.chunkmap import RESIDENCY_MASK, ChunkMap, Indices, Residency, runs_of
 from silo.errors import FencedError, InvariantError, UnavailableError
 from silo.group import Group
 from silo.p2p.terms import Standing, Terms, Verdict
+from silo.sync.caretaker import Caretaker
 from silo.sync.claim import Expectation, Owner
 from silo.sync.head import Head, VolumeInfo
+from silo.sync.hotlist import parse_hot
 from silo.sync.manifest import Manifest
 from silo.sync.probe import probe_store
 from silo.sync.reader import StoreReader
@@ -88,6 +90,10 @@ class StoreLink:
         self._early: Manifest | None = None
         self._held = False
         self._run: asyncio.Task[None] | None = None
+        self.caretaker: Caretaker | None = None
+        self.may_tidy: Callable[[], bool] = lambda: True
+        """Whether the group stays here, so that its store may be tidied."""
+        self._caring: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(
@@ -196,6 +202,10 @@ class StoreLink:
         self._resolve_through(syncer.manifest)
         await self._forget_early()
         self._run = tasks.create_task(syncer.run())
+        self.caretaker = Caretaker(
+            group, syncer, self.store, self.reader, self._clock, may_work=lambda: self.may_tidy()
+        )
+        self._caring = tasks.create_task(self.caretaker.run())
 
     async def _forget_early(self) -> None:
         early, self._early = self._early, None
@@ -205,12 +215,15 @@ class StoreLink:
     async def close(self, *, drain: bool = True, release: bool = True) -> None:
         """Store what is dirty and let go, as `Syncer.close`; then give everything back. Twice is harmless."""
         try:
+            if self._caring is not None:
+                self._caring.cancel()
+                await asyncio.wait((self._caring,))
             if self.syncer is not None:
                 await self.syncer.close(drain=drain, release=release)
                 if self._run is not None:
                     await asyncio.wait((self._run,))
         finally:
-            self.syncer = None
+            self.syncer = self.caretaker = None
             await self._forget_early()
             inner, self._source.inner = self._source.inner, None
             if inner is not None:
@@ -224,6 +237,15 @@ class StoreLink:
     def status(self) -> SyncStatus | None:
         """As `Syncer.status`; ``None`` while nothing is synced."""
         return self.syncer.status if self.syncer is not None else None
+
+    async def first_reads(self) -> Mapping[str, Indices]:
+        """The chunks that were read first after an earlier start, as far as is known. Raises as `Manifest.open`."""
+        manifest = self.syncer.manifest if self.syncer is not None else self._early
+        hot = manifest.head.hot if manifest is not None else None
+        if hot is None:
+            return {}
+        data = await self.reader.read(hot.key, hot.offset, hot.length, demand=False)
+        return {} if data is None else parse_hot(data, digest=bytes.fromhex(hot.digest))
 
     @property
     def fetched_bytes(self) -> int:

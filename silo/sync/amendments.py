@@ -13,6 +13,7 @@ import attrs
 import msgspec
 
 from silo.sync.head import Head, PartRef
+from silo.sync.layout import parse_segment_key
 
 __all__ = ["Amendments"]
 
@@ -38,6 +39,11 @@ class Amendments:
             hot=self.hot or head.hot,
             parents=tuple(parent for parent in head.parents if parent not in self.needless_parents),
         )
+
+    def last_seq(self, epoch: int) -> int:
+        """The highest sequence number of an epoch that it refers to, or 0."""
+        name = parse_segment_key(self.hot.key) if self.hot is not None else None
+        return name.seq if name is not None and name.epoch == epoch else 0
 
     def changes(self, head: Head) -> bool:
         """Whether there is anything to commit, or to write, for their sake."""

@@ -19,15 +19,16 @@ from silo.chunkmap import RESIDENCY_MASK, SYNC_DIRTY, Indices, Residency
 from silo.errors import ClosedError, FencedError, InvariantError, SiloError
 from silo.group import Group
 from silo.sync.claim import owner_of
+from silo.sync.codec import digest_of
 from silo.sync.collection import Horizon
 from silo.sync.collector import Collector, PassReport
 from silo.sync.committed import PAID, VolumeMap
 from silo.sync.head import Head, Keeping
+from silo.sync.hotlist import choose_hot, encode_hot
 from silo.sync.manifest import Manifest
 from silo.sync.pins import Record
 from silo.sync.reader import StoreReader
-from silo.sync.retention import PointInfo, RetentionPolicy, is_point_due, points_to_drop
-from silo.sync.settings import CollectorSettings
+from silo.sync.retention import PointInfo, is_point_due, points_to_drop
 from silo.sync.syncer import Syncer
 
 __all__ = ["Caretaker", "OwnerAuthority", "Totals"]
@@ -36,17 +37,24 @@ logger = logging.getLogger(__name__)
 
 BUDGET_MIN = 16 * 1024 * 1024
 """Content that a pass may have stored again, however little was sent since the last."""
+HOT_BYTES_MAX = 256 * 1024 * 1024
+"""Per volume. A whole start of an operating system reads about half of it."""
 STEP = 1 << 14
 
 
 class OwnerAuthority:
     """The owner that serves the group: see `silo.sync.collector.Authority`."""
 
-    def __init__(self, group: Group, syncer: Syncer) -> None:
+    def __init__(self, group: Group, syncer: Syncer, may_work: Callable[[], bool]) -> None:
         self.hurry = False
         """Commit what the collector needs at once, rather than with the next cut."""
         self._group = group
         self._syncer = syncer
+        self._may_work = may_work
+
+    def may_delete(self) -> bool:
+        """Not while the group moves: the target reads a generation that it looked at."""
+        return self._may_work()
 
     @property
     def manifest(self) -> Manifest:
@@ -117,8 +125,6 @@ class Caretaker:
         reader: StoreReader,
         clock: Clock,
         *,
-        settings: CollectorSettings | None = None,
-        policy: RetentionPolicy | None = None,
         may_work: Callable[[], bool] = lambda: True,
     ) -> None:
         self.error = ""
@@ -128,10 +134,11 @@ class Caretaker:
         self.totals = Totals()
         self._syncer = syncer
         self._clock = clock
-        self._settings = settings or CollectorSettings()
-        self._policy = policy or RetentionPolicy()
+        self._group = group
+        self._settings = syncer.settings.collector
+        self._policy = syncer.settings.points
         self._may_work = may_work
-        self._authority = OwnerAuthority(group, syncer)
+        self._authority = OwnerAuthority(group, syncer, may_work)
         self._collector = Collector(store, reader, clock, self._authority)
         self._turn = asyncio.Lock()
         self._last_pass = clock.monotonic()
@@ -139,6 +146,7 @@ class Caretaker:
         self._sent = 0
         self._points: list[PointInfo] | None = None
         self._broken = False
+        self._hot_at = _when_hot(group, clock, syncer.settings.hot_window_s)
 
     async def run(self) -> None:
         """Work until cancelled, or until the group is another's."""
@@ -147,6 +155,7 @@ class Caretaker:
             if not self._may_work():
                 continue
             try:
+                await self._record_first_reads()
                 await self._tend_points()
                 if self._settings.is_on and self._is_due():
                     await self.collect()
@@ -201,6 +210,21 @@ class Caretaker:
                 self.totals.rewritten_bytes += report.rewritten_bytes
             return report
 
+    # ---- first reads --------------------------------------------------------------------------------------
+
+    async def _record_first_reads(self) -> None:
+        """Once, some minutes after the start."""
+        if self._hot_at is None or self._clock.monotonic() < self._hot_at:
+            return
+        volumes = self._group.volumes
+        heats = {name: volume.heat.read_view for name, volume in volumes.items()}
+        limits = {name: HOT_BYTES_MAX // volume.geometry.chunk_size for name, volume in volumes.items()}
+        chosen = choose_hot(heats, limits)
+        hot = self._syncer.manifest.head.hot
+        if chosen and (data := encode_hot(chosen)) and (hot is None or digest_of(data).hex() != hot.digest):
+            await self._syncer.amend_hot(data)
+        self._hot_at = None
+
     # ---- points -------------------------------------------------------------------------------------------
 
     async def _tend_points(self) -> None:
@@ -219,6 +243,13 @@ class Caretaker:
         doomed = set(points_to_drop(self._points, self._policy))
         await keeper.withdraw(*(point.key for point in points if point.head.generation in doomed))
         self._points = [point for point in self._points if point.generation not in doomed]
+
+
+def _when_hot(group: Group, clock: Clock, window_s: float) -> float | None:
+    """When to look which chunks were read. Never for a group that has come with its heat: it was not started here."""
+    if not window_s or any(bool(volume.heat.read_view.any()) for volume in group.volumes.values()):
+        return None
+    return clock.monotonic() + window_s
 
 
 def _info(record: Record) -> PointInfo:

@@ -44,6 +44,10 @@ WORN_MIN = 64 * 1024
 class Authority(Protocol):
     """On whose behalf a pass is made."""
 
+    def may_delete(self) -> bool:
+        """Whether nobody reads, without a record, through a generation that is older than the newest."""
+        ...
+
     @property
     def manifest(self) -> Manifest:
         """The newest generation, with its head."""
@@ -125,7 +129,11 @@ class Collector:
         """
         look = await self._look()
         if dry_run:
-            return await self._report(look, await self._records(look.head), grace_s=0.0, dry_run=True)
+            records = await self._records(look.head)
+            pinned = await self._pinned(records)
+            return self._report(
+                look, records, pinned, [key for key in self._docket.dead if key not in pinned]
+            )
         ripe = self._docket.ripe(self._clock.monotonic(), grace_s)
         needless = {pin: floor for pin, floor in self._needless.items() if pin in look.head.parents}
         floor = max(floor_for(ripe), *needless.values(), 0) if needless else floor_for(ripe)
@@ -136,8 +144,9 @@ class Collector:
         records = await self._records(head)
         pinned = await self._pinned(records)
         released = await self._release_parents(needless, pinned)
-        doomed = deletable(ripe, head.gc_floor, pinned)
-        report = await self._report(look, records, grace_s=grace_s, doomed=doomed)
+        # No await from here to the first deletion.
+        doomed = deletable(ripe, head.gc_floor, pinned) if self._authority.may_delete() else []
+        report = self._report(look, records, pinned, doomed)
         await self._delete(doomed)
         rewritten = await self._compact(look, pinned, budget)
         return attrs.evolve(report, rewritten_bytes=rewritten, released_pins=released)
@@ -216,19 +225,10 @@ class Collector:
 
     # ---- telling ------------------------------------------------------------------------------------------
 
-    async def _report(
-        self,
-        look: _Look,
-        records: list[Record],
-        *,
-        grace_s: float,
-        doomed: Iterable[str] = (),
-        dry_run: bool = False,
+    def _report(
+        self, look: _Look, records: list[Record], pinned: set[str], doomed: Iterable[str]
     ) -> PassReport:
-        pinned = await self._pinned(records)
         dead = self._docket.dead
-        if dry_run:
-            doomed = [key for key in dead if key not in pinned]
         deleted = {key: dead[key].size for key in doomed}
         waiting = {key: found.size for key, found in dead.items() if key not in pinned and key not in deleted}
         return PassReport(

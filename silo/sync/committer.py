@@ -19,7 +19,9 @@ from silo.group import Group
 from silo.sync.amendments import Amendments
 from silo.sync.checkpointer import Checkpoint, changed_bytes, write_checkpoint
 from silo.sync.claim import Owner
-from silo.sync.head import Head, VolumeInfo, WriterState
+from silo.sync.codec import digest_of
+from silo.sync.head import Head, PartRef, VolumeInfo, WriterState
+from silo.sync.layout import PREAMBLE_SIZE, Magic, pack_preamble
 from silo.sync.manifest import Manifest
 from silo.sync.pending import Pending
 from silo.sync.planner import checkpoint_due
@@ -74,8 +76,27 @@ class Committer:
 
     @property
     def under_way(self) -> frozenset[str]:
-        """Keys of segments that are stored and in no head yet."""
-        return frozenset(segment.key for segment in self._pending.segments)
+        """Keys of objects that are stored, or being stored, and in no head yet."""
+        hot = self.amendments.hot
+        return frozenset(
+            (
+                *(segment.key for segment in self._pending.segments),
+                *self.sender.in_flight,
+                *((hot.key,) if hot else ()),
+            )
+        )
+
+    async def store_part(self, data: bytes) -> PartRef:
+        """Store an object of its own for a part that an amendment is going to name. As `ObjectSender.send`."""
+        name = self.sender.name(self._owner())
+        buffers = [pack_preamble(Magic.PAGES), data]
+        size = PREAMBLE_SIZE + len(data)
+        await self.sender.enter(size)
+        try:
+            await self.sender.send(name, buffers, size)
+        finally:
+            self.sender.leave(size)
+        return PartRef(name.key, PREAMBLE_SIZE, len(data), digest_of(data).hex())
 
     def retire(self, segments: frozenset[str]) -> None:
         """Chunks in these segments are stored again when they are in a cut, even if their content is the same."""
@@ -172,7 +193,12 @@ class Committer:
             volumes=volumes,
             root=head.root if checkpoint is None else checkpoint.root,
             segments=listed + self._pending.segments,
-            seq=max(head.seq, self._pending.last_seq, checkpoint.last_seq if checkpoint else 0),
+            seq=max(
+                head.seq,
+                self._pending.last_seq,
+                checkpoint.last_seq if checkpoint else 0,
+                self.amendments.last_seq(head.epoch),
+            ),
         )
 
     def _owner(self) -> Owner:

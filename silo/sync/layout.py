@@ -170,6 +170,7 @@ class Magic:
     PAGES = b"SILOMAP\n"
     PAGE = b"SILOPAG\n"
     ROOT = b"SILOROT\n"
+    HOT = b"SILOHOT\n"
 
 
 _PREAMBLE = struct.Struct("<8sHHI")

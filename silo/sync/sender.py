@@ -36,6 +36,8 @@ class ObjectSender:
         """Why objects are being sent again."""
         self.sent_bytes = 0
         self.sent_objects = 0
+        self.in_flight: set[str] = set()
+        """Keys that were handed out and whose objects are still being sent."""
         self._store = store
         self._group = group
         self._settings = settings
@@ -50,7 +52,9 @@ class ObjectSender:
         if owner != self._owner:
             self._owner, self._seq = owner, 0
         self._seq += 1
-        return SegmentName(self._group, owner.epoch, self._seq, owner.incarnation)
+        name = SegmentName(self._group, owner.epoch, self._seq, owner.incarnation)
+        self.in_flight.add(name.key)
+        return name
 
     async def enter(self, size: int) -> None:
         """Wait until ``size`` bytes may be sent, and count them as being sent. The caller must `leave` afterwards.
@@ -82,6 +86,14 @@ class ObjectSender:
         `InvariantError` when the key holds something else. After a cancellation the object may exist or come to
         exist; nothing refers to it.
         """
+        try:
+            await self._send(name, buffers, size, check)
+        finally:
+            self.in_flight.discard(name.key)
+
+    async def _send(
+        self, name: SegmentName, buffers: Sequence[Buffer], size: int, check: Callable[[], None] | None
+    ) -> None:
         backoff = Backoff(self._clock, self._settings.retry)
         attempts = 0
         await asyncio.sleep(self._bucket.delay(self._clock.monotonic(), size))

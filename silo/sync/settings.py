@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from silo.errors import InvalidRequestError
+from silo.sync.retention import RetentionPolicy
 
 __all__ = ["CollectorSettings", "FetchSettings", "RetrySettings", "SyncSettings"]
 
@@ -26,6 +27,25 @@ class RetrySettings:
         positive = min(self.delay_min_s, self.refused_delay_s, self.request_timeout_s) > 0
         if not positive or self.delay_min_s > self.delay_max_s:
             raise InvalidRequestError("delays must be positive, and the least not above the largest")
+
+
+@attrs.frozen(kw_only=True)
+class CollectorSettings:
+    """When the collector works. A group that is idle, and has nothing dead left in the store, sends nothing."""
+
+    interval_s: float = 600.0
+    """Time between two passes, when anything was committed since the last one."""
+    grace_s: float = 300.0
+    """How long an object that nothing needs is left alone, for the sake of readers without a pin."""
+    pause_s: float = 10.0
+    """Least time between two passes, when much is being overwritten."""
+    share: float = 0.1
+    """How much must be sent, as a part of what is live, so that a pass is made before its time."""
+    is_on: bool = True
+
+    def __attrs_post_init__(self) -> None:
+        if not (0 < self.pause_s <= self.interval_s and self.grace_s >= 0 and self.share > 0):
+            raise InvalidRequestError("the collector's interval must be positive and its grace not negative")
 
 
 @attrs.frozen(kw_only=True)
@@ -51,6 +71,11 @@ class SyncSettings:
     drain_timeout_s: float = 60.0
     """How long closing waits for the last commit."""
     retry: RetrySettings = attrs.field(factory=RetrySettings)
+    collector: CollectorSettings = attrs.field(factory=CollectorSettings)
+    points: RetentionPolicy = attrs.field(factory=RetentionPolicy)
+    """Which restore points are made by themselves; none, if not said otherwise."""
+    hot_window_s: float = 180.0
+    """For how long after a start reads are recorded, to be fetched first after the next; 0 records none."""
 
     def __attrs_post_init__(self) -> None:
         if self.rpo_s <= 0 or self.drain_timeout_s <= 0 or not 1 <= self.threads <= 64:
@@ -92,22 +117,3 @@ class FetchSettings:
             raise InvalidRequestError("at least one lane each is needed, and 1 to 64 threads")
         if self.run_size < 1 or self.run_gap < 0 or self.patience_s < 0:
             raise InvalidRequestError("run_size must be positive, run_gap and patience_s not negative")
-
-
-@attrs.frozen(kw_only=True)
-class CollectorSettings:
-    """When the collector works. A group that is idle, and has nothing dead left in the store, sends nothing."""
-
-    interval_s: float = 600.0
-    """Time between two passes, when anything was committed since the last one."""
-    grace_s: float = 300.0
-    """How long an object that nothing needs is left alone, for the sake of readers without a pin."""
-    pause_s: float = 10.0
-    """Least time between two passes, when much is being overwritten."""
-    share: float = 0.1
-    """How much must be sent, as a part of what is live, so that a pass is made before its time."""
-    is_on: bool = True
-
-    def __attrs_post_init__(self) -> None:
-        if not (0 < self.pause_s <= self.interval_s and self.grace_s >= 0 and self.share > 0):
-            raise InvalidRequestError("the collector's interval must be positive and its grace not negative")

@@ -138,13 +138,17 @@ class Syncer:
 
     @property
     def under_way(self) -> frozenset[str]:
-        """Keys of segments that are stored and in no head yet."""
+        """Keys of objects that are stored, or being stored, and in no head yet."""
         return self._committer.under_way
 
     @property
     def sent_bytes(self) -> int:
         """Bytes that were uploaded since `open`."""
         return self._committer.sender.sent_bytes
+
+    async def amend_hot(self, data: bytes) -> None:
+        """Store a list of first reads (`silo.sync.hotlist`), which the next commit names."""
+        self.amendments.hot = await self._committer.store_part(data)
 
     def retire(self, segments: frozenset[str]) -> None:
         """As `Committer.retire`: chunks in these segments are stored again when they are in a cut."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 
 import attrs
@@ -21,18 +22,16 @@ from tests.support.simulated import simulated
 from tests.support.sync import CHUNK, FETCH, SETTINGS, Syncing, make_group, restored, syncing
 
 EAGER = CollectorSettings(interval_s=30.0, grace_s=0.0, pause_s=1.0)
+TIDY = attrs.evolve(SETTINGS, collector=EAGER)
 
 
 def caretaker_of(
     it: Syncing,
     clock: SimulatedClock,
-    *,
-    settings: CollectorSettings = EAGER,
-    policy: RetentionPolicy | None = None,
 ) -> Caretaker:
     """The one that belongs to a syncing group."""
     reader = StoreReader(it.store, clock, FETCH)
-    return Caretaker(it.group, it.syncer, it.store, reader, clock, settings=settings, policy=policy)
+    return Caretaker(it.group, it.syncer, it.store, reader, clock)
 
 
 def keeper_of(store: ObjectStore, clock: SimulatedClock) -> Keeper:
@@ -49,7 +48,7 @@ def stored_bytes(store: MemoryStore) -> int:
 async def test_what_was_overwritten_is_deleted(clock: SimulatedClock) -> None:
     """Whole dead segments and old pages of the map go; what the newest generation shows stays."""
     store = MemoryStore(clock)
-    settings = attrs.evolve(SETTINGS, checkpoint_segments=1)
+    settings = attrs.evolve(TIDY, checkpoint_segments=1)
     async with syncing(store.client(), clock, settings=settings) as it:
         caretaker = caretaker_of(it, clock)
         for _ in range(6):
@@ -70,7 +69,7 @@ async def test_what_was_overwritten_is_deleted(clock: SimulatedClock) -> None:
 async def test_a_dry_run_changes_nothing(clock: SimulatedClock) -> None:
     """It says what would be deleted, and that is what is deleted then."""
     store = MemoryStore(clock)
-    settings = attrs.evolve(SETTINGS, checkpoint_segments=1)
+    settings = attrs.evolve(TIDY, checkpoint_segments=1)
     async with syncing(store.client(), clock, settings=settings) as it:
         caretaker = caretaker_of(it, clock)
         for _ in range(4):
@@ -91,7 +90,7 @@ async def test_space_stays_small_under_random_overwriting(clock: SimulatedClock)
     """Segments of which a little is still needed are emptied: what is stored stays near what is live."""
     store = MemoryStore(clock)
     group = make_group(clock, {"disk": 512 * CHUNK})
-    settings = attrs.evolve(SETTINGS, checkpoint_segments=4, segment_size=16 * CHUNK)
+    settings = attrs.evolve(TIDY, checkpoint_segments=4, segment_size=16 * CHUNK)
     chance = random.Random(7)
     ratios = []
     async with syncing(store.client(), clock, group=group, settings=settings) as it:
@@ -116,7 +115,7 @@ async def test_space_stays_small_under_random_overwriting(clock: SimulatedClock)
 async def test_a_point_keeps_its_generation(clock: SimulatedClock) -> None:
     """However much is overwritten and collected afterwards; and its space is given back when it is deleted."""
     store = MemoryStore(clock)
-    settings = attrs.evolve(SETTINGS, checkpoint_segments=1)
+    settings = attrs.evolve(TIDY, checkpoint_segments=1)
     keeper = keeper_of(store.client("operator"), clock)
     async with syncing(store.client(), clock, settings=settings) as it:
         caretaker = caretaker_of(it, clock)
@@ -143,10 +142,10 @@ async def test_a_point_keeps_its_generation(clock: SimulatedClock) -> None:
 async def test_automatic_points(clock: SimulatedClock) -> None:
     """Made as often as the policy says, after commits alone, and dropped when no rule wants them."""
     store = MemoryStore(clock)
-    policy = RetentionPolicy(every_s=600, last=3, hourly=0, daily=0)
+    settings = attrs.evolve(TIDY, points=RetentionPolicy(every_s=600, last=3, hourly=0, daily=0))
     keeper = keeper_of(store.client("operator"), clock)
-    async with syncing(store.client(), clock) as it, asyncio.TaskGroup() as tasks:
-        caretaker = caretaker_of(it, clock, policy=policy)
+    async with syncing(store.client(), clock, settings=settings) as it, asyncio.TaskGroup() as tasks:
+        caretaker = caretaker_of(it, clock)
         running = tasks.create_task(caretaker.run())
         for _ in range(50):
             await it.write(1, clock.token(64))
@@ -155,7 +154,7 @@ async def test_automatic_points(clock: SimulatedClock) -> None:
         points = await keeper.points("vm1")
         assert len(points) == 3
         times = [point.head.cut_time for point in points]
-        assert all(600 <= later - earlier < 700 for earlier, later in zip(times, times[1:], strict=False))
+        assert all(600 <= later - earlier < 700 for earlier, later in itertools.pairwise(times))
         await asyncio.sleep(3600)
         assert [point.key for point in await keeper.points("vm1")] == [point.key for point in points]
         running.cancel()
@@ -165,9 +164,9 @@ async def test_automatic_points(clock: SimulatedClock) -> None:
 async def test_an_idle_group_sends_nothing(clock: SimulatedClock) -> None:
     """Once what was dead is deleted, the caretaker is silent."""
     store = MemoryStore(clock)
-    settings = attrs.evolve(SETTINGS, checkpoint_segments=1)
+    settings = attrs.evolve(TIDY, checkpoint_segments=1, collector=attrs.evolve(EAGER, grace_s=100.0))
     async with syncing(store.client(), clock, settings=settings) as it, asyncio.TaskGroup() as tasks:
-        caretaker = caretaker_of(it, clock, settings=attrs.evolve(EAGER, grace_s=100.0))
+        caretaker = caretaker_of(it, clock)
         running = tasks.create_task(caretaker.run())
         for _ in range(6):
             await it.disk.write(0, clock.token(8 * CHUNK))
