@@ -19,10 +19,10 @@ from silo.chunkmap import RESIDENCY_MASK, SYNC_DIRTY, Indices, Residency
 from silo.errors import ClosedError, FencedError, InvariantError, SiloError
 from silo.group import Group
 from silo.sync.claim import owner_of
-from silo.sync.codec import digest_of
+from silo.sync.codec import Kind, digest_of
 from silo.sync.collection import Horizon
 from silo.sync.collector import Collector, PassReport
-from silo.sync.committed import PAID, VolumeMap
+from silo.sync.committed import VolumeMap
 from silo.sync.head import Head, Keeping
 from silo.sync.hotlist import choose_hot, encode_hot
 from silo.sync.manifest import Manifest
@@ -98,7 +98,7 @@ class OwnerAuthority:
 
 def _chunks_in(volume: VolumeMap, keys: frozenset[str], low: int, high: int) -> Indices:
     slots = volume.slots(low, high)
-    paid = np.flatnonzero(np.isin(slots["kind"], PAID))
+    paid = np.flatnonzero((slots["kind"] == Kind.RAW) | (slots["kind"] == Kind.ZSTD))
     numbers, inverse = np.unique(slots["segment"][paid], return_inverse=True)
     wanted = np.array([volume.key(int(number)) in keys for number in numbers], dtype=np.bool_)
     return paid[wanted[inverse]] + low if len(paid) else paid

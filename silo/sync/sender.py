@@ -87,13 +87,13 @@ class ObjectSender:
         exist; nothing refers to it.
         """
         try:
-            await self._send(name, buffers, size, check)
+            return await self._send(name, buffers, size, check)
         finally:
             self.in_flight.discard(name.key)
 
     async def _send(
         self, name: SegmentName, buffers: Sequence[Buffer], size: int, check: Callable[[], None] | None
-    ) -> None:
+    ) -> int:
         backoff = Backoff(self._clock, self._settings.retry)
         attempts = 0
         await asyncio.sleep(self._bucket.delay(self._clock.monotonic(), size))
