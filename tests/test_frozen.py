@@ -127,6 +127,68 @@ async def test_a_released_chunk_is_overwritten_without_a_copy():
     cut.abandon()
 
 
+class ColdDevice(MemoryDevice):
+    """Never answers at once; something may happen while it reads."""
+
+    async def read(self, offset: int, length: int) -> bytes:
+        self.while_reading()
+        return await super().read(offset, length)
+
+    def copy_nowait(self, offset: int, into: memoryview) -> bool:
+        return False
+
+    def while_reading(self) -> None:
+        """Replaced by tests."""
+
+
+@pytest.mark.parametrize("kind", [MemoryDevice, ColdDevice])
+async def test_chunks_are_captured_together(kind):
+    """Neighbours or not, overwritten before or not, in any order: what the cut froze, released and in its place."""
+    device = kind(7 * CHUNK + 512)
+    _, volume = make_volume(device)
+    old = [bytes([65 + chunk]) * (CHUNK if chunk < 7 else 512) for chunk in range(8)]
+    for chunk, content in enumerate(old):
+        assert volume.write_nowait(chunk * CHUNK, content)
+    group = Group("group", SystemClock())
+    group.volumes["disk"] = volume
+    cut = group.take()
+    part = cut.volumes["disk"]
+    assert volume.write_nowait(CHUNK, NEW)
+    room = memoryview(bytearray(8 * CHUNK))
+    order = [5, 0, 1, 2, 6, 7]
+    assert list(map(bytes, await part.capture(order, room))) == [old[chunk] for chunk in order]
+    assert bytes(room[: 5 * CHUNK + 512]) == b"".join(old[chunk] for chunk in order)
+    assert chunks_with(volume, FROZEN) == [3, 4]
+    assert cut.copied_bytes == 0
+    with pytest.raises(InvariantError, match="released"):
+        await part.capture([0], room)
+    cut.abandon()
+
+
+async def test_what_is_overwritten_while_it_is_captured_is_captured_as_it_was():
+    device = ColdDevice(4 * CHUNK)
+    _, volume = make_volume(device)
+    assert volume.write_nowait(0, OLD * 3)
+    group = Group("group", SystemClock())
+    group.volumes["disk"] = volume
+    cut = group.take()
+    device.while_reading = lambda: volume.write_nowait(CHUNK, NEW) and None
+    found = await cut.volumes["disk"].capture([0, 1, 2], memoryview(bytearray(3 * CHUNK)))
+    assert list(map(bytes, found)) == [OLD, OLD, OLD]
+    assert bytes(device.read_nowait(CHUNK, CHUNK)) == NEW
+    cut.commit()
+    assert chunks_with(volume, SYNC_DIRTY) == [1]
+
+
+async def test_nothing_is_captured_of_a_cut_that_overflowed():
+    group, (volume, _) = two_volumes(memory=0, spill=0)
+    cut = group.take()
+    assert volume.write_nowait(0, NEW)
+    with pytest.raises(CapacityError):
+        await cut.volumes["disk"].capture([0, 2], memoryview(bytearray(2 * CHUNK)))
+    cut.abandon()
+
+
 async def test_an_abandoned_cut_is_dirty_again():
     """Nothing was committed, so all of it is for the next cut; abandoning twice is harmless."""
     group, volumes = two_volumes()

@@ -12,8 +12,13 @@ One event loop, no awaits.
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 
-__all__ = ["BufferPool", "Lease"]
+import numpy as np
+
+from silo.abc import Buffer
+
+__all__ = ["BufferPool", "Lease", "joined"]
 
 IDLE_MAX = 4
 """Buffers that are kept between two cuts."""
@@ -60,6 +65,33 @@ class BufferPool:
     def trim(self) -> None:
         """A cut is over: keep only what the next one begins with."""
         del self._idle[IDLE_MAX:]
+
+
+def joined(buffers: Sequence[Buffer]) -> list[Buffer]:
+    """The same bytes in as few buffers as possible: views of one memory that lie side by side become one.
+
+    A store's client handles each buffer apart, so that hundreds of small ones cost more than what is in them.
+    """
+    found: list[Buffer] = []
+    memory: object = None
+    base = end = 0
+    for buffer in buffers:
+        if not isinstance(buffer, memoryview) or not isinstance(buffer.obj, mmap.mmap):
+            memory = None
+            found.append(buffer)
+            continue
+        start = _address(buffer)
+        if buffer.obj is memory and start == end:
+            buffer = memoryview(buffer.obj)[start - base - len(found.pop()) : start - base + len(buffer)]
+        elif buffer.obj is not memory:
+            memory, base = buffer.obj, _address(memoryview(buffer.obj))
+        end = _address(buffer) + len(buffer)
+        found.append(buffer)
+    return found
+
+
+def _address(view: memoryview) -> int:
+    return int(np.frombuffer(view, dtype=np.uint8).__array_interface__["data"][0])
 
 
 def _map(size: int) -> mmap.mmap:

@@ -28,7 +28,7 @@ from silo.chunkmap import Indices, runs_of
 from silo.errors import CapacityError, CorruptionError, UnavailableError
 from silo.frozen import Cut, VolumeCut
 from silo.heatmap import HeatMap
-from silo.sync.buffers import BufferPool, Lease
+from silo.sync.buffers import BufferPool, Lease, joined
 from silo.sync.claim import Owner
 from silo.sync.codec import Encoded, Kind
 from silo.sync.manifest import Manifest
@@ -100,8 +100,11 @@ class CutUpload:
         self._pipeline: deque[asyncio.Task[_Batch]] = deque()
         self._zeros: dict[str, list[int]] = {name: [] for name in cut.volumes}
         self._builder = self._new_builder()
-        self._room = shared.settings.segment_size - ENTRY.itemsize
-        """What a segment may have grown to before its last entry. One entry always fits."""
+        self._room = shared.settings.segment_size
+        """How large the segment that is being packed may become. One entry always fits."""
+        size = sum(len(part.data) << part.geometry.chunk_shift for part in cut.volumes.values())
+        if size > 2 * self._room:
+            self._room //= 4  # several segments, so the first is small: the sooner something is being sent
         self._leases: list[Lease] = []
         """What the segment that is being packed refers to."""
 
@@ -163,7 +166,7 @@ class CutUpload:
             elif encoded.kind is Kind.ZERO:
                 zeros.append(chunk)
             else:
-                if self._builder.size + len(encoded.payload) > self._room:
+                if self._builder.size + len(encoded.payload) + ENTRY.itemsize > self._room:
                     await self._send()
                 self._builder.add(batch.volume, chunk, encoded.kind, encoded.payload, encoded.digest)
                 if encoded.kind is Kind.RAW and (not self._leases or self._leases[-1] is not batch.lease):
@@ -178,7 +181,7 @@ class CutUpload:
                 await asyncio.sleep(0)
             if not self._shared.pending.is_zero(part.name, first, limit):
                 self._shared.manifest.volume(part.name).reserve(np.array([first, limit - 1]))
-                if self._builder.size > self._room:
+                if self._builder.size + ENTRY.itemsize > self._room:
                     await self._send()
                 self._builder.add_run(part.name, first, limit)
 
@@ -187,13 +190,14 @@ class CutUpload:
             return
         segment = self._builder.seal()
         self._builder = self._new_builder()
+        self._room = self._shared.settings.segment_size
         leases, self._leases = self._leases, []
         sender = self._shared.sender
         name = sender.name(self._owner)
         await sender.enter(segment.size)
 
         async def send() -> None:
-            attempts = await sender.send(name, segment.buffers, segment.size, self.check)
+            attempts = await sender.send(name, joined(segment.buffers), segment.size, self.check)
             self._shared.pending.add(name, segment)
             if attempts == 1:  # bytes of one that was given up may still be on their way
                 for lease in leases:
