@@ -80,12 +80,12 @@ def joined(buffers: Sequence[Buffer]) -> list[Buffer]:
             memory = None
             found.append(buffer)
             continue
-        start = _address(buffer)
+        start, length = _address(buffer), len(buffer)
         if buffer.obj is memory and start == end:
-            buffer = memoryview(buffer.obj)[start - base - len(found.pop()) : start - base + len(buffer)]
+            buffer = memoryview(buffer.obj)[start - base - len(found.pop()) : start - base + length]
         elif buffer.obj is not memory:
             memory, base = buffer.obj, _address(memoryview(buffer.obj))
-        end = _address(buffer) + len(buffer)
+        end = start + length
         found.append(buffer)
     return found
 

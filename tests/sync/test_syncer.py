@@ -483,7 +483,7 @@ async def test_a_huge_first_cut_is_followed_by_a_checkpoint(clock: SimulatedCloc
         for chunk in range(1100):
             await it.write(chunk, clock.token(CHUNK))
         assert await it.syncer.sync_now() == 1
-        assert len(it.head.segments) == 5
+        assert len(it.head.segments) == 6
         await it.syncer.sync_now()
         assert (it.head.generation, it.head.segments) == (2, ())  # other objects, so another generation
         assert await restored(store.client(), clock) == it.image()
