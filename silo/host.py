@@ -242,6 +242,8 @@ class Host:
         """The groups that other hosts would move here, as they come. No deadline: waiting is what it is for."""
         reception = self._running_reception()
         async for offer in reception.offers():
+            if (hosted := self.groups.get(offer.group)) is not None:
+                await hosted.make_way(offer.source_host)
             yield Arrival(offer, self)
 
     async def accept(

@@ -353,6 +353,15 @@ class HostedGroup:
 
     # ---- the end ------------------------------------------------------------------------------------------
 
+    async def make_way(self, source_host: str) -> None:
+        """A host offers this group anew: if it is arriving from there and has not been claimed, its source has given
+        that attempt up, perhaps unheard, and so do we. Bounded: otherwise, or past that, nothing changes."""
+        task, migration = self._arriving, self._migration
+        if task is not None and migration is not None and migration.source_host == source_host:
+            migration.abort("its source began anew")
+            if self.phase == "arriving":
+                await asyncio.wait((task,), timeout=COURTESY_S)
+
     async def _finish_arriving(self) -> None:
         """Before closing in peace: an arrival that has not claimed is given up, and one that has is let end, so that
         the source is not left waiting. Bounded: past that it goes on after the next start."""

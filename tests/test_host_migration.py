@@ -109,6 +109,38 @@ async def test_a_refused_group_stays_and_can_be_offered_again(tmp_path: Path) ->
         assert bytes(await group.volumes["disk"].read(5 * MIB, 10)) == b"still here"
 
 
+async def test_a_source_that_begins_anew_does_not_wait_for_its_earlier_attempt(tmp_path: Path) -> None:
+    """The source died in pre-copy, and the target cannot know that: the next offer tells."""
+    store = MemoryStore(SystemClock())
+    slow = MigrationSettings(rate_bps=MIB)
+    path = f"unix:{tmp_path}/b.sock"
+    async with (
+        Host(tmp_path / "b", listen=path) as b,
+        Host(tmp_path / "a", migration=slow) as a,
+    ):
+        group = await a.open_group("vm1", {"disk": MemoryDevice(SIZE)}, store=store.client(), sync=LAZY)
+        await group.volumes["disk"].write(0, CONTENT)
+        first = group.migrate(path)
+        first.begin()
+        offers = b.offers()
+        hosted = await (await anext(offers)).accept(
+            {"disk": MemoryDevice(SIZE)}, store=store.client(), sync=LAZY
+        )
+        async for event in first.events():
+            if isinstance(event, PhaseEntered) and event.phase is Phase.PRE_COPY:
+                break
+        assert hosted.phase == "arriving"
+        await hosted.make_way("another host")
+        assert hosted.phase == "arriving"
+        await hosted.make_way(a._running_site().host)
+        assert "vm1" not in b.groups
+        with pytest.raises(MigrationAborted):
+            await hosted.wait_running()
+        first.abort("enough")
+        await first.wait_ended()
+        assert group.phase == "running"
+
+
 async def test_a_veto_leaves_the_guest_running(tmp_path: Path) -> None:
     """An observer objects to the switchover: the workload was never stopped."""
     store = MemoryStore(SystemClock())

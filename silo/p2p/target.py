@@ -71,11 +71,12 @@ class TargetMigration:
             site.host, self._installer, peer, watch, clock, settings, driver.changed,
             state=lambda: self.state, post=driver.post, standing=lambda: self._effects.standing(),
         )  # fmt: skip
-        source_host = offer.source_host if offer else record.source_host if record else ""
+        self.source_host = offer.source_host if offer else record.source_host if record else ""
+        """The name of the host that the group comes from."""
         self._effects = TargetEffects(
             TargetParts(
                 self.id, group, site, plugs, watch, driver, self._installer, peer, self._session,
-                offer, source_host, body, record.body if record else b"",
+                offer, self.source_host, body, record.body if record else b"",
             )
         )  # fmt: skip
         driver.set_effects(self._effects.table())

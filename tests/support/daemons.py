@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,11 +23,20 @@ START_TIMEOUT_S = 60.0
 class Daemon:
     """One host: a state directory, and a process that can be killed and started again."""
 
-    def __init__(self, directory: Path, *arguments: str) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *arguments: str,
+        prefix: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """``prefix`` comes before the command, as ``ip netns exec NAME`` does."""
         directory.mkdir(exist_ok=True)
         self.directory = directory
         self.state = directory / "state"
         self._arguments = arguments
+        self._prefix = tuple(prefix)
+        self._environment = dict(environment or {})
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -39,9 +49,10 @@ class Daemon:
         """Start the process and wait until it says that it is ready."""
         with (self.directory / "log").open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "silo", "serve", "--state", str(self.state), "--json", *self._arguments,
+                *self._prefix, sys.executable, "-m", "silo", "serve", "--state", str(self.state), "--json",
+                *self._arguments,
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=log,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
             )  # fmt: skip
         assert self._process.stdout is not None
         async with asyncio.timeout(START_TIMEOUT_S):

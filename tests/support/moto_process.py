@@ -35,7 +35,7 @@ class OneAtATime:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     run_simple(
-        "127.0.0.1",
+        os.environ.get("MOTO_HOST", "127.0.0.1"),
         0,
         OneAtATime(DomainDispatcherApplication(create_backend_app)),
         threaded=True,

@@ -44,6 +44,8 @@ class S3Server:
     secret_access_key: str = attrs.field(repr=False)
     region: str = REGION
     ca_file: str | None = None
+    pid: int = 0
+    """Its process, for tests that freeze it."""
 
     def environment(self) -> dict[str, str]:
         """The variables by which any S3 client finds its credentials."""
@@ -132,13 +134,17 @@ def _policy(**whom: object) -> str:
 
 
 @contextmanager
-def moto_server(authority: Authority | None = None) -> Iterator[S3Server]:
+def moto_server(authority: Authority | None = None, *, host: str = "127.0.0.1") -> Iterator[S3Server]:
     """moto on a free port of the loopback, with one user who may do everything and nobody else.
 
-    With an authority it speaks TLS, as ``localhost``.
+    With an authority it speaks TLS, as ``localhost``. Another ``host`` is for network namespaces of the tests' own.
     """
     certificate = authority.issue("server") if authority else ()
-    environment = {"PATH": os.defpath, "INITIAL_NO_AUTH_ACTION_COUNT": str(_UNSIGNED_CALLS)}
+    environment = {
+        "PATH": os.defpath,
+        "INITIAL_NO_AUTH_ACTION_COUNT": str(_UNSIGNED_CALLS),
+        "MOTO_HOST": host,
+    }
     command = [sys.executable, "-m", "tests.support.moto_process", *map(str, certificate)]
     process = _Process(command, environment)
     try:
@@ -149,6 +155,8 @@ def moto_server(authority: Authority | None = None) -> Iterator[S3Server]:
         iam.create_user(UserName="silo")
         key = iam.create_access_key(UserName="silo")["AccessKey"]
         iam.put_user_policy(UserName="silo", PolicyName="all", PolicyDocument=_policy(Resource="*"))
-        yield S3Server(endpoint, key["AccessKeyId"], key["SecretAccessKey"], ca_file=ca_file)
+        yield S3Server(
+            endpoint, key["AccessKeyId"], key["SecretAccessKey"], ca_file=ca_file, pid=process.process.pid
+        )
     finally:
         process.stop()

@@ -27,6 +27,8 @@ PACKAGES = {
     "qemu-storage-daemon": "qemu-system-common",
     "qemu-system-x86_64": "qemu-system-x86",
     "fio": "fio",
+    "ip": "iproute2",
+    "tc": "iproute2",
     "mke2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
     "debugfs": "e2fsprogs",
