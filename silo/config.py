@@ -13,6 +13,7 @@ an error names the key, what was found and what would have been right::
     [sync]
     interval = "5s"
     bandwidth = "200Mbit"
+    lease = "30s"                             # let another host take over by itself; see docs/operations.md
 
     [incoming]
     directory = "/srv/silo"                   # where the disks of arriving groups are put
@@ -45,6 +46,7 @@ from silo.errors import InvalidRequestError
 from silo.names import check_group_name, check_volume_name
 from silo.nbdconfig import NbdConfig
 from silo.settings import parse_duration, parse_rate, parse_size
+from silo.sync.lease import check_lease
 
 __all__ = [
     "GroupConfig",
@@ -122,11 +124,17 @@ class SyncConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     interval: str | float = "5s"
     bandwidth: str | float | None = None
+    lease: str | float | None = None
 
     @property
     def interval_s(self) -> float:
         """Seconds between two cuts."""
         return parse_duration(self.interval)
+
+    @property
+    def lease_s(self) -> float | None:
+        """Seconds that a group is served without a sign of the store that it is ours; ``None`` is no limit."""
+        return None if self.lease is None else check_lease(parse_duration(self.lease))
 
     @property
     def bandwidth_bps(self) -> float | None:
@@ -217,6 +225,7 @@ def check_config(config: ServeConfig, origin: str) -> ServeConfig:
         where = f"{origin}: sync"
         if config.sync.interval_s <= 0:
             raise InvalidRequestError("the interval must be positive")
+        _ = config.sync.lease_s  # raises
         if config.sync.bandwidth_bps is not None and config.sync.bandwidth_bps <= 0:
             raise InvalidRequestError("the bandwidth must be positive")
         where = f"{origin}: migration"
@@ -304,14 +313,16 @@ def merge_flags(
     volumes: Sequence[str] = (),
     listen: Sequence[str] = (),
     sync_interval: str | None = None,
+    lease: str | None = None,
     incoming: str | None = None,
     nbd: Mapping[str, str | None] | None = None,
     **flags: str | bool | None,
 ) -> ServeConfig:
     """The config with the flags that were given put over it, checked again."""
     changes: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
-    if sync_interval is not None:
-        changes["sync"] = msgspec.structs.replace(config.sync, interval=sync_interval)
+    syncing = {"interval": sync_interval, "lease": lease}
+    if given := {key: value for key, value in syncing.items() if value is not None}:
+        changes["sync"] = msgspec.structs.replace(config.sync, **given)
     if incoming is not None:
         changes["incoming"] = msgspec.structs.replace(config.incoming, directory=incoming)
     if given := {key: value for key, value in (nbd or {}).items() if value is not None}:

@@ -42,7 +42,9 @@ Say = Callable[[dict[str, Any], str], None]
 """Takes an event for machines and the same for people."""
 
 
-async def serve_until_told(config: ServeConfig, say: Say, *, host_is_dead: bool = False) -> None:
+async def serve_until_told(
+    config: ServeConfig, say: Say, *, host_is_dead: bool = False, after_lease: bool = False
+) -> None:
     """Serve until SIGTERM or SIGINT. `UnavailableError` when not everything could be stored in the end."""
     stop = asyncio.Event()
     task = asyncio.current_task()
@@ -64,7 +66,7 @@ async def serve_until_told(config: ServeConfig, say: Say, *, host_is_dead: bool 
             nbd=config.nbd.settings(),
         ) as host:
             daemon = _Daemon(host, config, say, tls)
-            await daemon.open_groups(host_is_dead=host_is_dead)
+            await daemon.open_groups(host_is_dead=host_is_dead, after_lease=after_lease)
             async with (
                 ControlServer(Path(config.state) / "control.sock", daemon.verbs()),
                 asyncio.TaskGroup() as tasks,
@@ -108,7 +110,7 @@ class _Daemon:
 
     # ---- opening ------------------------------------------------------------------------------------------
 
-    async def open_groups(self, *, host_is_dead: bool) -> None:
+    async def open_groups(self, *, host_is_dead: bool, after_lease: bool) -> None:
         for name in await self._host.known_groups():
             if name not in self._config.groups:
                 await self._reopen_arrived(name)
@@ -120,6 +122,7 @@ class _Daemon:
                 sync=self._sync_settings(),
                 workload=self._workload(settings),
                 host_is_dead=host_is_dead,
+                after_lease=after_lease,
             )
             await self.export(hosted)
 
@@ -205,7 +208,8 @@ class _Daemon:
         return self._tls if url.startswith("tcp:") else None
 
     def _sync_settings(self) -> SyncSettings:
-        return SyncSettings(rpo_s=self._config.sync.interval_s, rate_bps=self._config.sync.bandwidth_bps)
+        sync = self._config.sync
+        return SyncSettings(rpo_s=sync.interval_s, rate_bps=sync.bandwidth_bps, lease_s=sync.lease_s)
 
     def _workload(self, settings: GroupConfig | None) -> CommandWorkload | None:
         chosen = settings.workload if settings is not None and settings.workload else self._config.workload

@@ -176,12 +176,14 @@ class Host:
         workload: Workload | None = None,
         copies: CopyLimits | None = None,
         host_is_dead: bool = False,
+        after_lease: bool = False,
     ) -> HostedGroup:
         """Become the owner of a group and serve it from these devices, which are the host's from now on.
 
         A group that the store has and this host does not know is restored lazily: it can be used at once, and its
         chunks come from the store when they are read, and in the background. ``host_is_dead`` takes a group whose
-        last owner did not let go; the caller asserts that no other host serves it any more.
+        last owner did not let go; the caller asserts that no other host serves it any more. ``after_lease`` does it
+        without an assertion, when that owner had a lease (`SyncSettings.lease_s`): after waiting until it has ended.
 
         `FencedError` when another host owns it, `InvalidRequestError` when it must not be opened like this,
         `UnavailableError` when the store does not answer. Then, and after a cancellation, the devices are closed
@@ -191,7 +193,9 @@ class Host:
         try:
             if not specs:
                 raise InvalidRequestError(f"group {name} needs at least one volume")
-            hosted = await self._open(name, specs, store, sync, fetch, workload, copies, host_is_dead)
+            hosted = await self._open(
+                name, specs, store, sync, fetch, workload, copies, host_is_dead, after_lease
+            )
         except BaseException:
             for spec in specs.values():
                 await spec.device.aclose()
@@ -209,6 +213,7 @@ class Host:
         workload: Workload | None,
         copies: CopyLimits | None,
         host_is_dead: bool,
+        after_lease: bool,
     ) -> HostedGroup:
         state = await self._open_state(name)
         link: StoreLink | None = None
@@ -220,7 +225,9 @@ class Host:
                 await reopen_volumes(group, state, link, specs)
             else:
                 arrived = left.handover is not None
-                head = await claim_group(state, link, specs, force=host_is_dead, arrived=arrived)
+                head = await claim_group(
+                    state, link, specs, force=host_is_dead, after_lease=after_lease, arrived=arrived
+                )
                 await open_volumes(group, state, link, head, specs)
             hosted = self._hosted(group, state, link, workload)
             if not left.is_undecided:

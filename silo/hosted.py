@@ -307,7 +307,7 @@ class HostedGroup:
         sync = self.link.status if self.link is not None else None
         return {
             "name": self.name,
-            "state": "fenced" if isinstance(self.group.gate.error, FencedError) else self.phase,
+            "state": self._seen_phase,
             "epoch": sync.epoch if sync else None,
             "hydrated": self.is_hydrated,
             "hydration_error": self.hydrator.error,
@@ -330,6 +330,14 @@ class HostedGroup:
                 "sent_objects": sync.sent_objects,
             },
         }
+
+    @property
+    def _seen_phase(self) -> str:
+        """The phase, or what keeps the guest from its disks meanwhile."""
+        gate = self.group.gate
+        if isinstance(gate.error, FencedError):
+            return "fenced"
+        return self.phase if gate.is_open or gate.is_closed or gate.error else "waiting for its lease"
 
     def _volume_status(self, volume: Volume) -> dict[str, Any]:
         counts = volume.chunks.count_residency()

@@ -101,6 +101,7 @@ async def claim_group(
     specs: Mapping[str, VolumeSpec],
     *,
     force: bool,
+    after_lease: bool = False,
     arrived: bool = False,
 ) -> Head | None:
     """Become the owner, here and in the store. Returns the head, ``None`` without a store. ``arrived``: everything
@@ -131,7 +132,9 @@ async def claim_group(
     ]
     is_here = bool(await state.volume_names())
     try:
-        head = await link.claim_opening(_expectation(identity, is_here=is_here, force=force), infos)
+        head = await link.claim_opening(
+            _expectation(identity, is_here=is_here, force=force, after_lease=after_lease), infos
+        )
     except FencedError as error:
         raise _explained(error, state, identity, is_here=is_here) from error
     await remember(state, owner_of(head), place, generation=head.generation)
@@ -146,13 +149,13 @@ def owners_of(identity: Identity | None) -> list[Owner]:
     return own + [Owner(attempt.epoch, attempt.incarnation) for attempt in identity.claims]
 
 
-def _expectation(identity: Identity | None, *, is_here: bool, force: bool) -> Expectation:
+def _expectation(identity: Identity | None, *, is_here: bool, force: bool, after_lease: bool) -> Expectation:
     """Over which head the group may be opened. With a map here nothing can be forced: what is on the disk continues
     the head of this host, and no other."""
     owners = owners_of(identity)
     seen = Seen(identity.epoch, identity.generation) if identity and identity.register else Seen()
     if not is_here:
-        return Expectation.restoring(owners, seen, forced=force)
+        return Expectation.restoring(owners, seen, forced=force, after_lease=after_lease)
     return attrs.evolve(Expectation.opening(*owners), seen=seen)
 
 
@@ -169,7 +172,7 @@ def _explained(
     return FencedError(
         error.message,
         hint="move it from that host, or stop the daemon there, which releases it. If that host is dead for certain, "
-        "say so: --host-is-dead, host_is_dead=True",
+        "say so: --host-is-dead, host_is_dead=True; if it had a lease: --after-lease, after_lease=True",
     )
 
 

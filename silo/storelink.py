@@ -26,6 +26,7 @@ from silo.sync.caretaker import Caretaker
 from silo.sync.claim import Expectation, Owner
 from silo.sync.head import Head, VolumeInfo
 from silo.sync.hotlist import parse_hot
+from silo.sync.lease_keeper import LeaseKeeper
 from silo.sync.manifest import Manifest
 from silo.sync.probe import probe_store
 from silo.sync.reader import StoreReader
@@ -77,7 +78,7 @@ class StoreLink:
     ) -> None:
         self.store = store
         self.reader = StoreReader(store, clock, fetch)
-        self.register = Register(store, name, clock)
+        self.register = Register(store, name, clock, lease_s=sync.lease_s if sync else None)
         self.syncer: Syncer | None = None
         self._group: Group | None = None
         self._clock = clock
@@ -94,6 +95,8 @@ class StoreLink:
         self.may_tidy: Callable[[], bool] = lambda: True
         """Whether the group stays here, so that its store may be tidied."""
         self._caring: asyncio.Task[None] | None = None
+        self._keeper: LeaseKeeper | None = None
+        self._keeping: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(
@@ -153,7 +156,11 @@ class StoreLink:
 
     def attach(self, group: Group) -> None:
         """Let absent chunks of the group come from the store: from the generation that `look` found, if it found one,
-        else from the one that is claimed."""
+        else from the one that is claimed. With a lease, nobody is served from now on without it."""
+        if self._keeper is None and self.register.lease is not None:
+            self._keeper = LeaseKeeper(
+                group.name, self.register.lease, self.register, group.gate, self._clock
+            )
         for volume in group.volumes.values():
             volume.set_source(Residency.ABSENT_STORE, self._source)
         if self._early is not None:
@@ -186,6 +193,8 @@ class StoreLink:
         if self.syncer is not None:
             return
         self._group = group
+        if self._keeper is not None and self._keeping is None:
+            self._keeping = tasks.create_task(self._keeper.run())
         syncer = await Syncer.open(
             group,
             self.register,
@@ -223,6 +232,8 @@ class StoreLink:
                 if self._run is not None:
                     await asyncio.wait((self._run,))
         finally:
+            if self._keeping is not None:
+                self._keeping.cancel()
             self.syncer = self.caretaker = None
             await self._forget_early()
             inner, self._source.inner = self._source.inner, None

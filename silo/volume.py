@@ -296,6 +296,7 @@ class Volume(Hydration):
 
         Removes by itself what can be removed without waiting.
         """
+        self.gate.look()
         if not self.gate.is_open:
             return self.gate.wait_open
         first, limit = self.geometry.touched(offset, length)

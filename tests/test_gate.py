@@ -120,3 +120,35 @@ async def test_a_failed_gate_does_not_collect_tracebacks():
             await gate.wait_open()
         depths.add(depth())
     assert len(depths) == 1
+
+
+@interleaved
+async def test_a_stalled_gate_opens_by_itself_and_a_closed_one_does_not():
+    """Whoever may not serve is asked before anybody passes, and a confirmation wakes who waits."""
+    gate = Gate()
+    may = [True]
+    gate.may_serve = lambda: may[0]
+    gate.look()
+    assert gate.is_open
+    may[0] = False
+    async with asyncio.TaskGroup() as tasks:
+        waiter = tasks.create_task(gate.wait_open())
+        await everything_else()
+        assert not waiter.done()
+        assert not gate.is_open
+        assert not gate.is_closed
+        may[0] = True
+        gate.look()
+        await waiter
+    await gate.close_and_drain()
+    gate.look()
+    assert not gate.is_open
+    may[0] = False
+    gate.reopen()
+    assert not gate.is_open
+    may[0] = True
+    gate.look()
+    assert gate.is_open
+    gate.fail(FencedError("another host"))
+    gate.look()
+    assert not gate.is_open

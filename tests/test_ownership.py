@@ -172,3 +172,24 @@ async def test_a_head_that_is_rolled_back_under_a_writer(tmp_path: Path, expect_
         assert bytes(await group.volumes["disk"].read(0, 3)) == b"new"
         await put_back(store, newest)
         assert await group.sync_now() == 2
+
+
+async def test_a_lease_is_waited_for(tmp_path: Path) -> None:
+    """Nobody asserts anything: a living owner keeps its group, a dead one loses it when its lease has ended."""
+    store = MemoryStore(SystemClock())
+    leased = SyncSettings(rpo_s=3600, lease_s=1)
+    async with Host(tmp_path / "b") as second:
+        async with Host(tmp_path / "a") as first:
+            devices = {"disk": FileDevice(tmp_path / "disk.img", SIZE)}
+            group = await first.open_group("vm1", devices, store=store.client(), sync=leased)
+            await group.volumes["disk"].write(0, b"stored")
+            await group.sync_now()
+            with pytest.raises(FencedError, match="it has renewed its lease"):
+                await open_disk(second, None, store, after_lease=True)
+            assert bytes(await group.volumes["disk"].read(0, 6)) == b"stored"
+            await first.close_group(group, drain=False)  # as if it had died
+        group = await open_disk(second, None, store, after_lease=True)
+        assert bytes(await group.volumes["disk"].read(0, 6)) == b"stored"
+        async with Host(tmp_path / "a") as first:
+            with pytest.raises(FencedError, match="last written in epoch 1"):
+                await open_disk(first, tmp_path / "disk.img", store, after_lease=True)

@@ -71,6 +71,21 @@ HostIsDead = Annotated[
         "serves it any more; what that host had not stored is lost.",
     ),
 ]
+Lease = Annotated[
+    str | None,
+    _flag(
+        "Serve no longer than this after the store last said that the group is ours: 30s. Then another host may take "
+        "over by itself (--after-lease); but I/O stalls while the store is away. Default: no lease."
+    ),
+]
+AfterLease = Annotated[
+    bool,
+    typer.Option(
+        "--after-lease",
+        help="Take the group over although its last owner did not release it, after waiting until its lease has ended. "
+        "An owner that lives keeps it. What that host had not stored is lost.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Events as JSON lines.")]
 
 
@@ -95,7 +110,9 @@ def serve(
     nbd_tls: NbdTlsPolicy = None,
     nbd_client_ca: NbdClientCa = None,
     nbd_client_certificates: NbdClients = None,
+    lease: Lease = None,
     host_is_dead: HostIsDead = False,
+    after_lease: AfterLease = False,
     json: Json = False,
 ) -> None:
     """Serve disks over NBD, keep their copy in a store, and move them to other hosts.
@@ -115,6 +132,7 @@ def serve(
         volumes=volume or (),
         listen=listen or (),
         sync_interval=sync_interval,
+        lease=lease,
         store=store,
         state=state,
         peer=peer,
@@ -136,7 +154,7 @@ def serve(
         else:
             console.print(text, markup=False)
 
-    run_loop(serve_until_told(merged, say, host_is_dead=host_is_dead))
+    run_loop(serve_until_told(merged, say, host_is_dead=host_is_dead, after_lease=after_lease))
 
 
 def run_loop(work: Coroutine[Any, Any, None]) -> None:

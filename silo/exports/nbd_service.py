@@ -76,6 +76,7 @@ class NbdService:
         contexts: dict[int, str] | None = None,
     ) -> None:
         self._volume = volume
+        self._gate = volume.gate
         self._size = volume.geometry.size
         self._states = volume.chunks.states
         self._shift = volume.geometry.chunk_shift
@@ -105,6 +106,8 @@ class NbdService:
         what is returned are still the parser's: detach them.
         """
         misses: list[Request] = []
+        if self._gate.may_serve is not None:
+            self._gate.look()
         add, volume, replies = out.append, self._volume, self._replies
         read, write, data, done = volume.read_nowait, volume.write_nowait, replies.data, replies.done
         size, mask, largest = self._size, self._block_mask, self._payload_max

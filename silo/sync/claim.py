@@ -100,6 +100,8 @@ class Expectation:
     """The owner stored everything and let go."""
     forced: bool = False
     """Whatever the head says. Somebody asserts that its owner is dead, or that the loss of its writes is meant."""
+    after_lease: bool = False
+    """An owner with a lease, once that has certainly ended (`silo.sync.lease`)."""
     epoch_floor: int = 0
     """The highest epoch seen anywhere else; the claim goes above it."""
     seen: Seen = Seen()
@@ -119,15 +121,18 @@ class Expectation:
         )
 
     @classmethod
-    def restoring(cls, owners: Iterable[Owner], seen: Seen, *, forced: bool = False) -> Expectation:
+    def restoring(
+        cls, owners: Iterable[Owner], seen: Seen, *, forced: bool = False, after_lease: bool = False
+    ) -> Expectation:
         """Opening a group of which nothing is on this host, whatever was attempted here before: it must be new,
-        released, or ours, unless ``forced``."""
+        released, or ours, unless ``forced``; or ``after_lease``, once the owner's lease has ended."""
         known = tuple(owners)
         return cls(
             owned=tuple(Expected(owner) for owner in known),
             absent=not seen.epoch,
             released=True,
             forced=forced,
+            after_lease=after_lease,
             epoch_floor=max((owner.epoch for owner in known), default=0),
             seen=seen,
         )
@@ -161,19 +166,24 @@ class Verdict(enum.Enum):
     """Somebody else owns the group: stop."""
     FOREIGN = "foreign"
     """The head was changed, by somebody who does not play by the rules: do not touch it."""
+    REBASE = "rebase"
+    """A claimant's intent lies over the head that a commit was built on: send the same bytes over that."""
     ROLLED_BACK = "rolled back"
     """The head is older than one that was seen before: do not touch it."""
 
 
-def judge_commit(attempt: Head, found: Head | None, *, unchanged: bool) -> Verdict:
-    """After a refused commit. ``unchanged``: what was found is the very object that the attempt was built on."""
+def judge_commit(attempt: Head, found: Head | None, *, unchanged: bool, over: str = "") -> Verdict:
+    """After a refused commit. ``unchanged``: what was found is the very object that the attempt was built on;
+    ``over``: the nonce of our head in it."""
     if found is None:
         return Verdict.FOREIGN
-    if found.nonce == attempt.nonce:
+    if found.owners_nonce == attempt.nonce:
         return Verdict.APPLIED
     if owner_of(found) != owner_of(attempt):
         return judge_other(attempt, found)
-    return Verdict.SEND if unchanged else Verdict.FOREIGN
+    if unchanged:
+        return Verdict.SEND
+    return Verdict.REBASE if found.intent is not None and found.owners_nonce == over else Verdict.FOREIGN
 
 
 def judge_other(ours: Head, found: Head) -> Verdict:
@@ -211,6 +221,7 @@ def build_claim(
     claim_nonce: str,
     volumes: Sequence[VolumeInfo],
     now: float,
+    lease_s: float | None = None,
 ) -> Head:
     """The head with which ``incarnation`` becomes the owner. Only the ownership changes, nothing that is stored.
 
@@ -235,7 +246,8 @@ def build_claim(
             seq=0,
             state=WriterState.OPEN,
             claim=record,
-            lease=None,
+            lease_s=lease_s,
+            intent=None,
         )
     if not volumes:
         raise InvalidRequestError(f"group {group} does not exist and cannot be created without volumes")
@@ -253,6 +265,7 @@ def build_claim(
         volumes=tuple(volumes),
         segments=(),
         claim=record,
+        lease_s=lease_s,
     )
 
 

@@ -34,12 +34,14 @@ from silo.sync.layout import (
     parse_pin_key,
     parse_segment_key,
 )
+from silo.sync.lease import LEASE_MAX_S
 from silo.sync.segment import FOOTER_SIZE, VOLUMES_MAX
 
 __all__ = [
     "HEAD_SIZE_MAX",
     "ClaimRecord",
     "Head",
+    "Intent",
     "Keeping",
     "Kept",
     "PartRef",
@@ -145,6 +147,15 @@ class ClaimRecord(msgspec.Struct, frozen=True):
     """The previous owner was asserted to be dead."""
 
 
+class Intent(msgspec.Struct, frozen=True):
+    """A claimant's announcement, put into a head that is otherwise the owner's. See `silo.sync.lease`."""
+
+    incarnation: str
+    """Of the claimant."""
+    over: str
+    """The nonce of the owner's head."""
+
+
 class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     """Everything that is known about the newest committed generation of a group."""
 
@@ -169,14 +180,21 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     gc_floor: int = 0
     """Generations below it may have lost their segments, unless a record keeps them."""
     claim: ClaimRecord | None = None
-    lease: str | None = None
-    """Reserved for leases."""
+    lease_s: float | None = None
+    """The owner serves no longer than this after it last saw its epoch here; ``None``: until it finds another one."""
+    intent: Intent | None = None
+    """Somebody waits for the lease to end."""
     hot: PartRef | None = None
     """The chunks that are read first after a start."""
     parents: tuple[str, ...] = ()
     """Keys of the pins in other groups that keep what this group refers to there."""
     kept: Kept | None = None
     """Only in records, never in the register."""
+
+    @property
+    def owners_nonce(self) -> str:
+        """The nonce of the owner's own body, below whatever intent."""
+        return self.intent.over if self.intent else self.nonce
 
     def volume(self, name: str) -> VolumeInfo | None:
         """The volume of this name."""
@@ -242,6 +260,9 @@ def _check(head: Head, group: str) -> None:
     _require(0 <= head.generation <= GENERATION_MAX and 0 <= head.gc_floor <= GENERATION_MAX, "generation")
     _require(0 <= head.seq <= SEQ_MAX, "seq")
     _require(is_incarnation(head.incarnation) and 0 < len(head.nonce) <= 64, "incarnation or nonce")
+    _require(head.lease_s is None or 0 < head.lease_s <= LEASE_MAX_S, "lease")
+    if head.intent is not None:
+        _require(is_incarnation(head.intent.incarnation) and 0 < len(head.intent.over) <= 64, "intent")
     _require(0 < len(head.volumes) < VOLUMES_MAX, "number of volumes")
     _require(len({volume.name for volume in head.volumes}) == len(head.volumes), "a volume is named twice")
     for volume in head.volumes:

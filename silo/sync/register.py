@@ -10,12 +10,16 @@ until the store has said one way or the other. Nothing else is tried meanwhile. 
 caller brings one, and when it passes (or the caller is cancelled) the attempt remains outstanding and the next
 call goes on with it. ``trouble`` shows why it takes so long.
 
+With a lease (`silo.sync.lease`) every request that shows our epoch prolongs it, and `renew` is such a request for
+times without commits. A claim that expects an owner's lease to end announces itself in the head and waits.
+
 The store's own retries must be off for ``put_if``; see `silo.abc.ObjectStore`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -36,12 +40,15 @@ from silo.sync.claim import (
     owner_of,
     refusal,
 )
-from silo.sync.head import Head, VolumeInfo, WriterState, encode_head, parse_head
+from silo.sync.head import Head, Intent, VolumeInfo, WriterState, encode_head, parse_head
 from silo.sync.layout import head_key, proof_key
+from silo.sync.lease import Lease, wait_s
 from silo.sync.retry import STORE_TROUBLE, Backoff, Trouble, bounded
 from silo.sync.settings import RetrySettings
 
 __all__ = ["Prepare", "Register"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -53,6 +60,8 @@ Prepare = Callable[[Owner, str], Awaitable[None]]
 class _Found:
     head: Head
     etag: str
+    started: float
+    """`Clock.boottime` when it was asked for."""
 
 
 @attrs.frozen
@@ -60,18 +69,28 @@ class _Attempt:
     head: Head
     body: bytes
     match: str | None
+    defends: bool = False
+    """It only takes an intent out of the head."""
 
 
 class Register:
     """See the module. Calls may be made concurrently; those that write take turns."""
 
     def __init__(
-        self, store: ObjectStore, group: str, clock: Clock, settings: RetrySettings | None = None
+        self,
+        store: ObjectStore,
+        group: str,
+        clock: Clock,
+        settings: RetrySettings | None = None,
+        *,
+        lease_s: float | None = None,
     ) -> None:
         self.group = group
         self.incarnation = clock.token(8).hex()
         self.head: Head | None = None
         """The head as this owner last claimed or committed it."""
+        self.lease = Lease(lease_s) if lease_s is not None else None
+        """What is known of our right to serve; ``None`` when it ends only with another claim."""
         self._store = store
         self._clock = clock
         self._settings = settings or RetrySettings()
@@ -81,6 +100,8 @@ class Register:
         self._backoff = Backoff(clock, self._settings)
         self._outstanding: _Attempt | None = None
         self._claiming: _Attempt | None = None
+        self._intent: _Attempt | None = None
+        self._announced = self._outwaited = False
         self._fenced: FencedError | None = None
 
     # ---- what is known ----------------------------------------------------------------------------------
@@ -119,7 +140,38 @@ class Register:
                 raise self._refusal(Verdict.FOREIGN, found)
             if owner_of(found.head) != owner_of(self.head):
                 raise self._refusal(judge_other(self.head, found.head), found)
+            self._confirm_lease(found)
             return self.head
+
+    async def renew(self) -> Head:
+        """Look at the head, and take a claimant's intent out of it, so that the lease goes on.
+
+        One read, unless a commit is outstanding or there is an intent; then as `commit`, and the caller brings the
+        deadline. Raises as `confirm`.
+        """
+        async with self._turn:
+            if self._outstanding is not None:
+                return await self._settle()
+            if self._fenced is not None:
+                raise self._fenced
+            if self.head is None:
+                raise InvariantError(f"group {self.group} was never claimed here")
+            found = await self._get()
+            verdict = judge_commit(
+                self.head, found.head if found else None, unchanged=False, over=self.head.owners_nonce
+            )
+            if found is None or verdict not in (Verdict.APPLIED, Verdict.REBASE):
+                raise self._refusal(verdict, found)
+            if found.head.intent is None:
+                self._confirm_lease(found)
+                return self.head
+            self._begin_commit(self.head, over=found.etag, defends=True)
+            return await self._settle()
+
+    def _confirm_lease(self, found: _Found) -> None:
+        """The head shows our epoch. It proves nothing any more when a claimant has announced itself meanwhile."""
+        if self.lease is not None and found.head.intent is None:
+            self.lease.confirmed(found.started)
 
     # ---- claiming ---------------------------------------------------------------------------------------
 
@@ -173,7 +225,12 @@ class Register:
         attempted = owner_of(self._claiming.head) if self._claiming else None
         verdict = judge_claim(expectation, attempted, found.head if found else None)
         if verdict is Verdict.APPLIED and found is not None:
-            return self._adopt(found.head, found.etag)
+            return self._adopt(found)
+        if verdict is Verdict.FENCED and expectation.after_lease and found is not None:
+            found = await self._outwait(found)
+            if found is None:
+                return None
+            verdict = Verdict.SEND
         if verdict is not Verdict.SEND:
             self._claiming = None
             raise refusal(verdict, self.group, found.head if found else None)
@@ -190,12 +247,54 @@ class Register:
                 claim_nonce=claim_nonce,
                 volumes=volumes,
                 now=self._clock.wall(),
+                lease_s=self.lease.lease_s if self.lease else None,
             )
             if prepare is not None and owner_of(head) != attempted:
                 await prepare(owner_of(head), claim_nonce)
             attempt = self._claiming = _Attempt(head, encode_head(head), found.etag if found else None)
+        started = self._clock.boottime()
         etag = await self._put(attempt)
-        return None if etag is None else self._adopt(attempt.head, etag)
+        return None if etag is None else self._adopt(_Found(attempt.head, etag, started))
+
+    async def _outwait(self, found: _Found) -> _Found | None:
+        """Announce ourselves in the head that was found, and return it as it is then, after the lease of its owner has
+        ended. ``None``: the head changed before we were in it. `FencedError` when the owner has answered."""
+        lease_s = found.head.lease_s
+        if lease_s is None:
+            raise self._no_lease(found.head)
+        intent = self._intent
+        if intent is not None and found.head.nonce != intent.head.nonce and self._announced:
+            self._intent = None
+            self._announced = self._outwaited = False
+            raise FencedError(
+                f"group {self.group} belongs to a host that lives: it has renewed its lease",
+                hint="move the group from there, or stop the daemon there",
+            )
+        if intent is None or (found.head.nonce != intent.head.nonce and intent.match != found.etag):
+            announced = msgspec.structs.replace(
+                found.head,
+                nonce=self._clock.token(16).hex(),
+                intent=Intent(self.incarnation, found.head.owners_nonce),
+            )
+            intent = self._intent = _Attempt(announced, encode_head(announced), found.etag)
+        if found.head.nonce != intent.head.nonce:
+            etag = await self._put(intent)
+            if etag is None:
+                return None
+            found = _Found(intent.head, etag, found.started)
+        self._announced = True
+        if not self._outwaited:
+            logger.info("group %s: waiting %g s for the lease of its owner", self.group, wait_s(lease_s))
+            await asyncio.sleep(wait_s(lease_s))
+            self._outwaited = True
+        return found
+
+    def _no_lease(self, head: Head) -> FencedError:
+        return FencedError(
+            f"group {self.group} belongs to another writer, which serves without a lease: epoch {head.epoch}, "
+            f"incarnation {head.incarnation}",
+            hint="only the assertion that its host is dead can take it: --host-is-dead, host_is_dead=True",
+        )
 
     # ---- committing -------------------------------------------------------------------------------------
 
@@ -211,12 +310,17 @@ class Register:
                 raise self._fenced
             if self.head is None:
                 raise InvariantError(f"group {self.group} was never claimed here")
+            if self._outstanding is not None and self._outstanding.defends:
+                await self._settle()  # it changes nothing that the commit was made from
             if self._outstanding is not None:
                 raise InvariantError("a commit was tried while the outcome of another one is not known")
             check_successor(self.head, following)
-            head = msgspec.structs.replace(following, nonce=self._clock.token(16).hex())
-            self._outstanding = _Attempt(head, encode_head(head), self._etag)
+            self._begin_commit(following, over=self._etag)
             return await self._settle()
+
+    def _begin_commit(self, following: Head, *, over: str, defends: bool = False) -> None:
+        head = msgspec.structs.replace(following, nonce=self._clock.token(16).hex(), intent=None)
+        self._outstanding = _Attempt(head, encode_head(head), over, defends)
 
     async def settle(self) -> Head:
         """Find out what became of the outstanding commit, if there is one, and return the head as it is then.
@@ -245,18 +349,26 @@ class Register:
         if attempt is None:
             raise InvariantError("there is no outstanding commit")
         while True:
+            started = self._clock.boottime()
             try:
                 etag = await self._put(attempt)
                 if etag is not None:
-                    return self._adopt(attempt.head, etag)
+                    return self._adopt(_Found(attempt.head, etag, started))
                 found = await self._get()
             except STORE_TROUBLE as error:
                 await asyncio.sleep(self._backoff.failed(error))
                 continue
             unchanged = found is not None and found.etag == attempt.match
-            verdict = judge_commit(attempt.head, found.head if found else None, unchanged=unchanged)
+            over = self.head.owners_nonce if self.head else ""
+            verdict = judge_commit(
+                attempt.head, found.head if found else None, unchanged=unchanged, over=over
+            )
             if verdict is Verdict.APPLIED and found is not None:
-                return self._adopt(attempt.head, found.etag)
+                return self._adopt(found)
+            if verdict is Verdict.REBASE and found is not None:
+                # What it was built on is gone for ever, so the same bytes cannot be applied twice.
+                attempt = self._outstanding = attrs.evolve(attempt, match=found.etag)
+                continue
             if verdict is Verdict.SEND:
                 refusal = UnavailableError(
                     f"the store refused to replace the head of {self.group}, which is unchanged"
@@ -272,11 +384,13 @@ class Register:
             self._fenced = error
         return error
 
-    def _adopt(self, head: Head, etag: str) -> Head:
-        self.head, self._etag = head, etag
-        self._outstanding = self._claiming = None
+    def _adopt(self, found: _Found) -> Head:
+        self.head, self._etag = found.head, found.etag
+        self._outstanding = self._claiming = self._intent = None
+        self._announced = self._outwaited = False
         self._backoff.succeeded()
-        return head
+        self._confirm_lease(found)
+        return found.head
 
     # ---- proof that two hosts see one register ------------------------------------------------------------
 
@@ -306,8 +420,9 @@ class Register:
     # ---- requests -----------------------------------------------------------------------------------------
 
     async def _get(self) -> _Found | None:
+        started = self._clock.boottime()
         found = await self._bounded(lambda: self._store.get(self._key))
-        return None if found is None else _Found(parse_head(found.data, self.group), found.etag)
+        return None if found is None else _Found(parse_head(found.data, self.group), found.etag, started)
 
     async def _put(self, attempt: _Attempt) -> str | None:
         return await self._bounded(lambda: self._store.put_if(self._key, [attempt.body], match=attempt.match))

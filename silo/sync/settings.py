@@ -5,6 +5,7 @@ from __future__ import annotations
 import attrs
 
 from silo.errors import InvalidRequestError
+from silo.sync.lease import check_lease
 from silo.sync.retention import RetentionPolicy
 
 __all__ = ["CollectorSettings", "FetchSettings", "RetrySettings", "SyncSettings"]
@@ -70,6 +71,9 @@ class SyncSettings:
     reads the index of each."""
     drain_timeout_s: float = 60.0
     """How long closing waits for the last commit."""
+    lease_s: float | None = None
+    """Serve no longer than this after the head was last seen to be ours; ``None``: until it is seen not to be. A lease
+    lets another host take over without anybody's assertion, and stalls the guest while the store is away."""
     retry: RetrySettings = attrs.field(factory=RetrySettings)
     collector: CollectorSettings = attrs.field(factory=CollectorSettings)
     points: RetentionPolicy = attrs.field(factory=RetentionPolicy)
@@ -78,6 +82,8 @@ class SyncSettings:
     """For how long after a start reads are recorded, to be fetched first after the next; 0 records none."""
 
     def __attrs_post_init__(self) -> None:
+        if self.lease_s is not None:
+            check_lease(self.lease_s)
         if self.rpo_s <= 0 or self.drain_timeout_s <= 0 or not 1 <= self.threads <= 64:
             raise InvalidRequestError("rpo_s and drain_timeout_s must be positive, threads from 1 to 64")
         if not (0 < self.segment_size <= 1024 * MIB and self.batch_size > 0 and self.checkpoint_segments > 0):

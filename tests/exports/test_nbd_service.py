@@ -505,3 +505,15 @@ async def test_a_large_write_is_offered_in_steps(length: int, patience: int, at_
     for miss in misses:
         await service.serve(miss)
     assert bytes(device.read_nowait(512, length)) == content
+
+
+async def test_a_lease_is_asked_for_once_per_batch():
+    """Nothing of a batch is served after it has ended, and all of it waits."""
+    served = Served(HeaderStyle.SIMPLE)
+    asked = []
+    served.volume.gate.may_serve = lambda: bool(asked.append(1)) or len(asked) == 1
+    batch = [(READ, 0, COOKIE, 0, 1, None)] * 3
+    parts, misses = served.at_once(*batch)
+    assert (len(parts), misses, asked) == (6, [], [1])
+    parts, misses = served.at_once(*batch)
+    assert (parts, len(misses), asked) == ([], 3, [1, 1])
