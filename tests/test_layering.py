@@ -31,8 +31,8 @@ ROOMS: dict[str, str] = {
     "devices": "",
     "exports": """nbd_catalog nbd_chunks nbd_client_handshake nbd_client_replies nbd_client_request nbd_client_session
         nbd_handshake nbd_options nbd_replies nbd_session nbd_uri nbd_wire""",
-    "sync": """amendments claim codec collection compaction head hotlist layout mappage nametable planner retention
-        runs s3_errors s3_location segment settings status store_faults store_keys""",
+    "sync": """amendments claim codec collection compaction head hotlist layout lease mappage nametable planner
+        retention runs s3_errors s3_location segment settings status store_faults store_keys""",
     "p2p": "budget chunksets convergence conversation handover messages meter precopy records settings terms wire",
     "hooks": "",
 }

@@ -217,7 +217,7 @@ async def test_a_commit_of_the_new_owner_says_that_everything_has_arrived() -> N
     scene = Scene()
     async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
         source, target = await scene.link(), await scene.link()
-        await source.claim_opening((), [INFO], force=False)
+        await source.claim_opening(Expectation.opening(), [INFO])
         offered = terms(source)
         assert not await source.has_committed(offered)
         await target.claim(offered)
