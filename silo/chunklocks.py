@@ -37,6 +37,10 @@ class ChunkLocks:
         """The PRESENT chunks with a guest write in its device phase."""
         return list(self._writers)
 
+    def is_written(self, chunk: int) -> bool:
+        """Whether a chunk is one of those."""
+        return chunk in self._writers
+
     @contextmanager
     def locked(self, first: int, limit: int) -> Iterator[None]:
         """Lock a run of chunks, none of which may be locked."""

@@ -8,6 +8,10 @@ A recorder sees each chunk as *clean*, *dirty* or, when it has a bit for that, *
     in-cut ──settle──► clean        the commit is known
     in-cut ──restore──► dirty       the cut was abandoned, or the process died
 
+A chunk with content may also be taken *ahead* of a cut (`take_ahead`), and be uploaded while guests write on. It is
+in-cut then, and not frozen. If it is still only in-cut when the cut is taken, what was uploaded is its content at that
+instant, and the commit settles it with the rest; if it was written since, it is dirty, too, and the cut takes it.
+
 Only a commit that is *known* settles. The migration recorder has no in-cut bit: the pre-copy planner owns
 what it took, and puts back what was not acknowledged. Marking is the volume's business, because it must happen
 before the device write and in the same step.
@@ -17,6 +21,8 @@ must be copied before it is overwritten.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +44,10 @@ from silo.errors import InvariantError
 
 Array = npt.NDArray[np.uint8]
 
-__all__ = ["restore", "settle", "take_migration", "take_sync", "thaw"]
+__all__ = ["give_back", "restore", "settle", "take_ahead", "take_migration", "take_sync", "thaw"]
+
+IS_ZERO = SYNC_IN_CUT | RESIDENCY_MASK & ~1, SYNC_IN_CUT | int(Residency.ZERO)
+"""Mask and value of what is in a cut and zero, punched or not: content that was taken ahead is in no cut's runs."""
 
 
 def _taken(state: int) -> int:
@@ -70,7 +79,7 @@ def take_sync(chunks: ChunkMap) -> tuple[Indices, list[tuple[int, int]]]:
     Returns the indices of those with content, which now are frozen, and the ``(first, limit)`` runs of those
     that are zero. Chunks at the peer, and those under an unacknowledged first write, stay dirty for a later cut.
     """
-    if chunks.count_dirty(SYNC_IN_CUT):
+    if any(bool((states & FROZEN).any()) for _, states in chunks.dirty_windows(SYNC_IN_CUT)):
         raise InvariantError("a cut was taken while another one is not decided")
     zero: list[tuple[int, int]] = []
     data: list[tuple[int, Array]] = []
@@ -79,14 +88,14 @@ def take_sync(chunks: ChunkMap) -> tuple[Indices, list[tuple[int, int]]]:
         limit = first + len(states)
         chunks.translate(first, limit, _TAKEN)
         chunks.note_run(first, limit, SYNC_IN_CUT)
-        if is_even(states) and states[0] & (SYNC_IN_CUT | FROZEN) == SYNC_IN_CUT:
+        if is_even(states) and states[0] & IS_ZERO[0] == IS_ZERO[1]:
             _extend(zero, [(first, limit)])
             continue
         if found := int(np.count_nonzero(states & FROZEN)):
             data.append((first, states))
             count += found
         if found < len(states):
-            _extend(zero, runs_where(states & (SYNC_IN_CUT | FROZEN) == SYNC_IN_CUT, first))
+            _extend(zero, runs_where(states & IS_ZERO[0] == IS_ZERO[1], first))
     return _frozen(data, count), zero
 
 
@@ -114,6 +123,29 @@ def thaw(chunks: ChunkMap) -> None:
         states &= np.uint8(0xFF & ~FROZEN)
 
 
+def take_ahead(chunks: ChunkMap, chunk: int) -> bool:
+    """Move one dirty chunk with content to in-cut, without a cut. False when it is not one, or is locked.
+
+    The caller reads its content afterwards, and nobody may be writing to it at this moment.
+    """
+    state = chunks.states[chunk]
+    if state & (RESIDENCY_MASK | LOCKED | SYNC_DIRTY) != int(Residency.PRESENT) | SYNC_DIRTY:
+        return False
+    chunks.note(chunk, SYNC_IN_CUT)
+    chunks.states[chunk] = state & ~SYNC_DIRTY | SYNC_IN_CUT
+    return True
+
+
+def give_back(chunks: ChunkMap, indices: Indices, runs: Iterable[tuple[int, int]] = ()) -> None:
+    """What was taken and will not be committed is dirty again; what is not in-cut stays as it is."""
+    taken = indices[chunks.view[indices] & SYNC_IN_CUT != 0]
+    chunks.mark_many(taken, SYNC_DIRTY)
+    chunks.clear_many(taken, SYNC_IN_CUT | FROZEN)
+    for first, limit in runs:
+        chunks.note_run(first, limit, SYNC_DIRTY)
+        chunks.translate(first, limit, _RESTORED)
+
+
 def settle(chunks: ChunkMap) -> None:
     """The commit is known: what was in the cut is clean, unless it was written again."""
     for _, states in chunks.dirty_windows(SYNC_IN_CUT):
@@ -121,7 +153,7 @@ def settle(chunks: ChunkMap) -> None:
 
 
 def restore(chunks: ChunkMap) -> None:
-    """The cut is abandoned: what was in it is dirty."""
+    """Nothing that was taken, ahead or for a cut, will be committed: it is dirty."""
     for first, states in chunks.dirty_windows(SYNC_IN_CUT):
         limit = first + len(states)
         chunks.translate(first, limit, _RESTORED)

@@ -15,6 +15,7 @@ in the cut. The volume marks its chunks dirty again when it ends.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import os
 import tempfile
@@ -25,12 +26,12 @@ import attrs
 import numpy as np
 
 from silo.abc import BlockDevice, Buffer
-from silo.chunkmap import FROZEN, ChunkMap
-from silo.dirtymap import restore, settle, take_sync, thaw
+from silo.chunkmap import FROZEN, ChunkMap, Indices
+from silo.dirtymap import give_back, settle, take_sync, thaw
 from silo.errors import CapacityError, InvariantError
 from silo.geometry import Geometry
 
-__all__ = ["CopySpace", "Cut", "VolumeCut"]
+__all__ = ["CopySpace", "Cut", "Taken", "VolumeCut"]
 
 CAPTURE_STEP = 512 * 1024
 """Bytes that are copied from a fast device before guests get a turn: some tens of microseconds."""
@@ -45,6 +46,8 @@ class CopySpace:
         self._directory = directory
         self._file: IO[bytes] | None = None
         self._end = 0
+        self._free: dict[int, list[int]] = {}
+        """Places in the file that are not needed any more, by size: nearly all copies have the same."""
         self.used = 0
 
     def put(self, content: bytes) -> bytes | tuple[int, int] | None:
@@ -54,21 +57,25 @@ class CopySpace:
             self._memory_left -= size
             self.used += size
             return content
-        if size > self._spill_left:
+        if free := self._free.get(size):
+            offset = free.pop()
+        elif size <= self._spill_left:
+            offset = self._end
+        else:
             return None
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="silo-copies-", dir=self._directory)  # noqa: SIM115
-            written = os.pwrite(self._file.fileno(), content, self._end)
+            written = os.pwrite(self._file.fileno(), content, offset)
         except OSError:
             return None  # a full disk, or a directory that is gone, is one more way of having no room
         if written != size:
             return None
-        place = (self._end, size)
-        self._end += size
-        self._spill_left -= size
+        if offset == self._end:
+            self._end += size
+            self._spill_left -= size
         self.used += size
-        return place
+        return offset, size
 
     def get(self, kept: bytes | tuple[int, int]) -> bytes:
         """The content that `put` kept."""
@@ -83,21 +90,78 @@ class CopySpace:
         return content
 
     def drop(self, kept: bytes | tuple[int, int]) -> None:
-        """Give memory back. Room in the file comes back when the cut ends, as the file is only appended to."""
+        """Give room back, in memory or for copies of the same size in the file."""
         if isinstance(kept, bytes):
             self._memory_left += len(kept)
             self.used -= len(kept)
+        else:
+            offset, size = kept
+            self._free.setdefault(size, []).append(offset)
+            self.used -= size
 
     def close(self) -> None:
         """Release everything. Twice is harmless."""
         self._memory_left = self._spill_left = self.used = 0
+        self._free.clear()
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
-class VolumeCut:
-    """One volume's part of a cut. The volume calls `save`; the uploader calls `read` and `release`."""
+class Taken(abc.ABC):
+    """What is to be uploaded of one volume. The uploader calls `capture`."""
+
+    def __init__(self, name: str, geometry: Geometry, device: BlockDevice, chunks: ChunkMap) -> None:
+        self.name = name
+        self.geometry = geometry
+        self.data: Indices
+        """The chunks with content."""
+        self.zeros: list[tuple[int, int]]
+        """The runs of those that are zero."""
+        self._device = device
+        self._chunks = chunks
+
+    async def capture(self, chunks: Sequence[int], into: memoryview) -> list[memoryview]:
+        """The contents of some ``data`` chunks, copied to ``into`` one after the other. All of them are released.
+
+        Neighbours are copied together, at most `CAPTURE_STEP` at a time, so that guests get their turns.
+        `CapacityError` once the cut has overflowed: it must be abandoned. Then, and after a cancellation, any of the
+        chunks may be released.
+        """
+        size = self.geometry.chunk_size
+        contents: list[memoryview] = []
+        end = copied = 0
+        for run in self._runs(chunks):
+            start, end = end, end + (len(run) - 1) * size + self.geometry.extent_of(run[-1])[1]
+            parts = [into[at : min(at + size, end)] for at in range(start, end, size)]
+            await self._capture_run(run, into[start:end], parts)
+            contents += parts
+            copied += end - start
+            if copied >= CAPTURE_STEP:
+                copied = 0
+                await asyncio.sleep(0)
+        return contents
+
+    def _runs(self, chunks: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Neighbours, in the order in which they come."""
+        count = max(1, CAPTURE_STEP // self.geometry.chunk_size)
+        start = 0
+        for position in range(1, len(chunks) + 1):
+            if (
+                position == len(chunks)
+                or position - start == count
+                or chunks[position] != chunks[position - 1] + 1
+            ):
+                yield chunks[start:position]
+                start = position
+
+    @abc.abstractmethod
+    async def _capture_run(self, run: Sequence[int], room: memoryview, parts: list[memoryview]) -> None:
+        """Copy neighbours to ``room``, of which ``parts`` are the single chunks, and release them."""
+
+
+class VolumeCut(Taken):
+    """One volume's part of a cut: contents are those of its instant. The volume calls `save`."""
 
     def __init__(
         self,
@@ -108,10 +172,7 @@ class VolumeCut:
         space: CopySpace,
         on_overflow: Callable[[], None],
     ) -> None:
-        self.name = name
-        self.geometry = geometry
-        self._device = device
-        self._chunks = chunks
+        super().__init__(name, geometry, device, chunks)
         self._space = space
         self._on_overflow = on_overflow
         self._copies: dict[int, bytes | tuple[int, int]] = {}
@@ -145,39 +206,6 @@ class VolumeCut:
         # While the device was reading, a guest write may have copied the old content aside and gone on.
         kept = self._kept(chunk)
         return content if kept is None else kept
-
-    async def capture(self, chunks: Sequence[int], into: memoryview) -> list[memoryview]:
-        """The contents of some ``data`` chunks, copied to ``into`` one after the other. All of them are released.
-
-        Neighbours are copied together, at most `CAPTURE_STEP` at a time, so that guests get their turns. Raises as
-        `read`; then, and after a cancellation, any of the chunks may be released.
-        """
-        size = self.geometry.chunk_size
-        contents: list[memoryview] = []
-        end = copied = 0
-        for run in self._runs(chunks):
-            start, end = end, end + (len(run) - 1) * size + self.geometry.extent_of(run[-1])[1]
-            parts = [into[at : min(at + size, end)] for at in range(start, end, size)]
-            await self._capture_run(run, into[start:end], parts)
-            contents += parts
-            copied += end - start
-            if copied >= CAPTURE_STEP:
-                copied = 0
-                await asyncio.sleep(0)
-        return contents
-
-    def _runs(self, chunks: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Neighbours, in the order in which they come."""
-        count = max(1, CAPTURE_STEP // self.geometry.chunk_size)
-        start = 0
-        for position in range(1, len(chunks) + 1):
-            if (
-                position == len(chunks)
-                or position - start == count
-                or chunks[position] != chunks[position - 1] + 1
-            ):
-                yield chunks[start:position]
-                start = position
 
     async def _capture_run(self, run: Sequence[int], room: memoryview, parts: list[memoryview]) -> None:
         offset = self.geometry.extent_of(run[0])[0]
@@ -275,22 +303,27 @@ class Cut:
 
         Every chunk must have been released before the store was asked: an overflow after that would be too late.
         """
-        self._end(settle)
+        if self.overflowed:
+            raise InvariantError("a cut that lost old content was about to be committed")
+        self._end()
+        for chunks in self._maps.values():
+            settle(chunks)
 
     def abandon(self) -> None:
-        """The cut will not be committed: its chunks are dirty again. Harmless when the cut has ended."""
-        if not self._ended:
-            self._end(restore)
+        """The cut will not be committed: its chunks are dirty again. Harmless when the cut has ended.
 
-    def _end(self, decide: Callable[[ChunkMap], None]) -> None:
+        What was taken ahead of it stays taken: it is uploaded, and the next cut may refer to it.
+        """
+        if not self._ended:
+            self._end()
+            for name, part in self.volumes.items():
+                give_back(self._maps[name], part.data, part.zeros)
+
+    def _end(self) -> None:
         if self._ended:
             raise InvariantError("a cut was decided twice")
-        if decide is settle and self.overflowed:
-            raise InvariantError("a cut that lost old content was about to be committed")
         self._ended = True
         for part in self.volumes.values():
             part.thaw()
-        for chunks in self._maps.values():
-            decide(chunks)
         self._space.close()
         self._on_end()

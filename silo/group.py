@@ -149,6 +149,14 @@ class Group:
             for volume in self.volumes.values()
         )
 
+    @property
+    def backlog_bytes(self) -> int:
+        """Upper bound of what no upload has begun with: dirty chunks."""
+        return sum(
+            volume.chunks.count_dirty(SYNC_DIRTY) * volume.geometry.chunk_size
+            for volume in self.volumes.values()
+        )
+
     def absent_counts(self, residencies: Iterable[Residency]) -> int:
         """How many chunks of all volumes are in one of the given residencies."""
         wanted = set(residencies)

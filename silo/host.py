@@ -220,7 +220,7 @@ class Host:
         try:
             link = await self._open_link(state, store, sync, fetch)
             left = await read_unfinished(state)
-            group = Group(name, self.clock, is_open=not left.is_undecided, copies=copies)
+            group = Group(name, self.clock, is_open=not left.is_undecided, copies=self._room(copies))
             if left.is_undecided:
                 await reopen_volumes(group, state, link, specs)
             else:
@@ -273,7 +273,7 @@ class Host:
         try:
             state = await self._open_state(offer.group)
             link = await self._open_link(state, store, sync, fetch)
-            group = Group(offer.group, self.clock, is_open=False, copies=copies)
+            group = Group(offer.group, self.clock, is_open=False, copies=self._room(copies))
             await prepare_arrival(offer, group, state, link, specs)
             hosted = self._hosted(group, state, link, workload)
             if export is not None:
@@ -347,7 +347,12 @@ class Host:
             owns_store=isinstance(store, str),
             sync=sync,
             fetch=fetch,
+            directory=str(self._path),
         )
+
+    def _room(self, copies: CopyLimits | None) -> CopyLimits:
+        """Copies spill into the state directory unless told otherwise: a common temporary one may be in memory."""
+        return copies or CopyLimits(directory=str(self._path))
 
     def _running_state(self) -> StateDir:
         return _running(self._state)

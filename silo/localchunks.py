@@ -35,7 +35,7 @@ from silo.chunkmap import (
     Residency,
     runs_of,
 )
-from silo.dirtymap import take_migration
+from silo.dirtymap import take_ahead, take_migration
 from silo.errors import InvalidRequestError, InvariantError
 from silo.frozen import VolumeCut
 from silo.gate import Gate
@@ -186,6 +186,11 @@ class LocalChunks:
         # A write under way may land after the cut has read its chunk, and the process may die before it marks again.
         for chunk in self._locks.written:
             self.chunks.mark(chunk, self._marks)
+
+    def take_ahead(self, chunk: int) -> bool:
+        """Take the chunk for an upload ahead of the cut; what it holds from now on, until it is written again, is what
+        a reader gets. False, and it stays dirty for the cut, when it has no content or somebody is writing to it."""
+        return not self._locks.is_written(chunk) and take_ahead(self.chunks, chunk)
 
     # ---- copy-before-write ------------------------------------------------------------------------------
 

@@ -20,8 +20,9 @@ from silo.chunkmap import (
     ChunkMap,
     Residency,
     after_restart,
+    runs_of,
 )
-from silo.dirtymap import restore, settle, take_migration, take_sync
+from silo.dirtymap import give_back, restore, settle, take_ahead, take_migration, take_sync
 from silo.errors import InvariantError
 from tests.support.moments import moments
 
@@ -163,3 +164,30 @@ def test_killed_at_any_moment_no_dirty_chunk_is_clean():
         states = np.frombuffer(bytearray(moment), dtype=np.uint8)
         after_restart(states)
         assert np.flatnonzero(states & SYNC_DIRTY).tolist() == [1, 2, 3]
+
+
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=40), st.data())
+def test_what_is_given_back_is_dirty_and_nothing_else_changes(states, data):
+    """Whatever was taken, ahead or for a cut, by index or in runs."""
+    chosen = np.array(sorted(data.draw(st.sets(st.integers(0, len(states) - 1)))), dtype=np.int64)
+    by_index, by_run = map_of(*states), map_of(*states)
+    give_back(by_index, chosen)
+    give_back(by_run, np.empty(0, dtype=np.int64), runs_of(chosen))
+    for chunk, before in enumerate(states):
+        taken = before & SYNC_IN_CUT and chunk in chosen
+        expected = (before | SYNC_DIRTY) & ~SYNC_IN_CUT if taken else before
+        assert by_index.states[chunk] & ~FROZEN == expected & ~FROZEN
+        assert by_run.states[chunk] & ~FROZEN == expected & ~FROZEN
+        assert not taken or by_index.summary[0] & by_run.summary[0] & SYNC_DIRTY
+
+
+def test_only_dirty_content_that_nobody_holds_is_taken_ahead():
+    """The rest waits for the cut."""
+    wanted = [DIRTY_PRESENT, DIRTY_PRESENT | MIGRATION_DIRTY, DIRTY_PRESENT | SYNC_IN_CUT]
+    others = [Residency.PRESENT, DIRTY_ZERO, DIRTY_PRESENT | LOCKED, Residency.ABSENT_PEER | SYNC_DIRTY]
+    chunks = map_of(*wanted, *others)
+    assert [take_ahead(chunks, chunk) for chunk in range(7)] == [True] * 3 + [False] * 4
+    assert list(chunks.states[3:]) == others
+    data, zero = take_sync(chunks)
+    assert (data.tolist(), zero) == ([5], [(4, 5)])
+    assert chunks.count_dirty(SYNC_IN_CUT) == 5

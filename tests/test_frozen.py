@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from silo.chunkmap import FROZEN, SYNC_DIRTY, SYNC_IN_CUT, Residency
@@ -10,13 +12,14 @@ from silo.devices.memory import MemoryDevice
 from silo.errors import CapacityError, InvariantError
 from silo.frozen import CopySpace
 from silo.group import CopyLimits, Group
+from tests.support.held import HeldDevice
 from tests.support.volumes import CHUNK, chunks_with, make_volume
 
 OLD, NEW = b"o" * CHUNK, b"n" * CHUNK
 
 
 def test_copies_go_to_memory_first_and_then_to_a_file(tmp_path):
-    """Both give back what was put; dropping gives memory back, the file only grows."""
+    """Both give back what was put; dropping gives room back, in the file for copies of the same size."""
     space = CopySpace(memory_limit=10, spill_limit=10, directory=str(tmp_path))
     memory, spilled = space.put(b"12345678"), space.put(b"abcdefgh")
     assert (memory, spilled) == (b"12345678", (0, 8))
@@ -25,8 +28,12 @@ def test_copies_go_to_memory_first_and_then_to_a_file(tmp_path):
     space.drop(spilled)
     assert space.put(b"xyz") is None, "neither 2 bytes of memory nor 2 of the file are enough"
     space.drop(memory)
-    assert space.used == 8
+    assert space.used == 0
     assert space.put(b"0123456789") == b"0123456789"
+    again = space.put(b"ABCDEFGH")
+    assert again == (0, 8), "the place of the dropped one"
+    assert space.get(again) == b"ABCDEFGH"
+    assert space.put(b"12345678") is None
     space.close()
 
 
@@ -281,9 +288,45 @@ async def test_copies_spill_to_disk(tmp_path):
 
 
 async def test_the_cut_of_a_restarted_process_must_be_made_meaningful_first():
-    """Bytes with the in-cut bit of a dead process are refused, not silently mixed with a new cut."""
+    """Chunks that were frozen for the cut of a dead process are refused, not silently mixed with a new cut."""
     group, volume = make_volume(MemoryDevice(CHUNK))
     volume.chunks.mark(0, SYNC_IN_CUT)
+    volume.chunks.states[0] |= FROZEN
     with pytest.raises(InvariantError):
         group.take()
     assert volume.chunks.residency(0) is Residency.PRESENT
+
+
+async def test_what_was_taken_ahead_is_settled_and_survives_an_abandoned_cut():
+    """It is in no cut's lists; guests write to it as they like; only a commit, or their writes, change what it is."""
+    group, volume = make_volume(MemoryDevice(4 * CHUNK))
+    for chunk in range(4):
+        assert volume.write_nowait(chunk * CHUNK, OLD)
+    assert all(volume.take_ahead(chunk) for chunk in range(3))
+    assert not volume.take_ahead(0), "it is taken already"
+    assert volume.write_nowait(0, NEW)
+    cut = group.take()
+    assert cut.volumes["disk"].data.tolist() == [0, 3]
+    assert cut.volumes["disk"].zeros == []
+    assert volume.write_nowait(CHUNK, NEW)
+    assert cut.copied_bytes == 0
+    cut.abandon()
+    assert volume.chunks.select_dirty(SYNC_DIRTY).tolist() == [0, 1, 3]
+    assert volume.chunks.select_dirty(SYNC_IN_CUT).tolist() == [1, 2]
+    cut = group.take()
+    assert cut.volumes["disk"].data.tolist() == [0, 1, 3]
+    cut.commit()
+    assert group.exposed_bytes == 0
+
+
+async def test_a_chunk_that_is_being_written_is_not_taken_ahead():
+    """Nobody knows yet what it will hold, and the process may die before the write marks it again."""
+    device = HeldDevice(4 * CHUNK, slow="write", hold="write")
+    _, volume = make_volume(device)
+    volume.chunks.mark(0, SYNC_DIRTY)
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(volume.write(0, NEW))
+        held = await device.next("write")
+        assert not volume.take_ahead(0)
+        held.release()
+    assert volume.take_ahead(0)

@@ -13,9 +13,12 @@ from __future__ import annotations
 import msgspec
 
 from silo.abc import Clock, ObjectStore
+from silo.dirtymap import restore
 from silo.errors import CapacityError, CorruptionError, InvariantError, SiloError, UnavailableError
 from silo.frozen import Cut
 from silo.group import Group
+from silo.heatmap import HeatMap
+from silo.sync.ahead import Round
 from silo.sync.amendments import Amendments
 from silo.sync.checkpointer import Checkpoint, changed_bytes, write_checkpoint
 from silo.sync.claim import Owner
@@ -104,6 +107,8 @@ class Committer:
 
     def is_idle(self, cut: Cut) -> bool:
         """Whether there is nothing at all to do for this cut, not even a checkpoint that cannot wait."""
+        if self._pending.segments:
+            return False  # uploaded ahead of it: only a commit may settle that
         overdue = len(self.manifest.head.segments) >= 4 * self._settings.checkpoint_segments
         changed = volume_infos(self._group) != self.manifest.head.volumes
         return cut.is_empty and not (overdue or changed or self.amendments.changes(self.manifest.head))
@@ -113,13 +118,51 @@ class Committer:
 
         `CapacityError` when there is no room for copies or for the map any more.
         """
+        owner = self._check_owner()
+        await self._uploader.upload(cut, owner, self._heats())
+        return await self._write_checkpoint(owner)
+
+    def begin(self) -> None:
+        """Right before a round or a take: what was uploaded under an earlier epoch counts no more."""
         owner = self._owner()
         if owner != self._pending_owner:
-            self._pending.clear()
+            self.forget()
             self._pending_owner = owner
-        heats = {name: volume.heat for name, volume in self._group.volumes.items()}
-        await self._uploader.upload(cut, owner, heats)
-        return await self._write_checkpoint(owner)
+
+    def forget(self) -> None:
+        """Nothing that is pending will be committed, so what was taken for it is dirty."""
+        self._pending.clear()
+        self.give_back()
+
+    def give_back(self) -> None:
+        """What was taken is dirty, because nobody will commit it. Not while a cut is in progress that goes on."""
+        for volume in self._group.volumes.values():
+            restore(volume.chunks)
+
+    async def upload_ahead(self, round_: Round) -> None:
+        """Store a round; its chunks are in-cut then. When this raises or is cancelled they are dirty. As `upload`."""
+        self.begin()
+        try:
+            await self._uploader.upload(round_, self._owner(), self._heats())
+            self._check_owner()
+        except BaseException:
+            round_.give_back()
+            raise
+        self._pending.carry_over()
+
+    def _heats(self) -> dict[str, HeatMap]:
+        return {name: volume.heat for name, volume in self._group.volumes.items()}
+
+    def _check_owner(self) -> Owner:
+        """Raise when the epoch has changed since `begin`, and see to it that nothing from before is referred to."""
+        owner = self._owner()
+        if owner != self._pending_owner:
+            self.forget()
+            raise UnavailableError(
+                f"the epoch of group {self._group.name} changed while it was uploaded",
+                hint="it is taken again",
+            )
+        return owner
 
     async def _write_checkpoint(self, owner: Owner) -> Checkpoint | None:
         head = self.manifest.head
@@ -147,12 +190,7 @@ class Committer:
 
         Raises as `Register.commit`; the cut is then as it was.
         """
-        if self._owner() != self._pending_owner:
-            self._pending.clear()
-            raise UnavailableError(
-                f"the epoch of group {self._group.name} changed while a cut was uploaded",
-                hint="it is taken again",
-            )
+        self._check_owner()
         if cut.overflowed:
             raise CapacityError("there was no room to keep old content for the cut", hint="it is taken again")
         following = self._following(cut, checkpoint)

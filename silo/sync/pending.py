@@ -1,12 +1,12 @@
 """Segments that are in the store and in no head yet.
 
-While a cut is uploaded its finished segments are listed here. The commit puts them into the head. When the cut is
-abandoned instead they stay: its chunks are dirty again, so each of them will be in the next cut, and those
-whose content is still the same need not be uploaded twice. The next head then lists the older segments first
-and the newer ones after them, which override what has changed.
+While a cut is uploaded, and in the rounds ahead of it, finished segments are listed here. The commit puts them into
+the head. When the cut is abandoned instead they stay: its chunks are dirty again, so each of them will be in the next
+cut, and those whose content is still the same need not be uploaded twice. The next head then lists the older segments
+first and the newer ones after them, which override what has changed.
 
-So a chunk is compared with what the head *will* say: with the segments left over from abandoned cuts, and below
-them with the committed map. It is not compared with the segments of the cut in progress, which cannot name it
+So a chunk is compared with what the head *will* say: with the segments left over from rounds and abandoned cuts, and
+below them with the committed map. It is not compared with the segments of the cut in progress, which cannot name it
 twice.
 
 Indexes are kept in a spooled temporary file: 64 bytes per chunk would be too much memory for a first cut.
@@ -49,6 +49,8 @@ class Pending:
         self._left_over: CommittedMap | None = None
         self.retiring: frozenset[str] = frozenset()
         """Segments that are to become empty: what is in them is stored again although its content is the same."""
+        self._carried = 0
+        """How many of the listed segments are in there."""
         self._spool = tempfile.SpooledTemporaryFile(SPOOL_MEMORY, dir=directory)  # noqa: SIM115
         self._spool_end = 0
 
@@ -100,22 +102,27 @@ class Pending:
     def indexes(self) -> Iterator[tuple[SegmentRef, Index]]:
         """All of them with their indexes, in order."""
         for listed in self._listed:
-            start, length = listed.spooled
-            self._spool.seek(start)
-            yield listed.segment, parse_index_of(listed.segment, self._spool.read(length))
+            yield listed.segment, self._index(listed)
+
+    def _index(self, listed: _Listed) -> Index:
+        start, length = listed.spooled
+        self._spool.seek(start)
+        return parse_index_of(listed.segment, self._spool.read(length))
 
     def carry_over(self) -> None:
-        """The cut was abandoned: what was stored of it is compared with from now on."""
-        if not self._listed:
+        """A round has ended, or a cut was abandoned: what is stored is compared with from now on. Nothing may be on its
+        way to the store."""
+        if len(self._listed) == self._carried:
             return
-        self._drop_left_over()
-        self._left_over = CommittedMap(self._directory)
-        nowhere = PartRef("", 0, 0, "")
-        for name, volume in self._manifest.maps.volumes.items():
-            unknown = dict.fromkeys(range(volume.page_total), nowhere)
-            self._left_over.add(name, volume.chunk_count, volume.page_chunks, unknown)
-        for segment, index in self.indexes():
-            self._left_over.apply(index, segment.key)
+        if self._left_over is None:
+            self._left_over = CommittedMap(self._directory)
+            nowhere = PartRef("", 0, 0, "")
+            for name, volume in self._manifest.maps.volumes.items():
+                unknown = dict.fromkeys(range(volume.page_total), nowhere)
+                self._left_over.add(name, volume.chunk_count, volume.page_chunks, unknown)
+        for listed in self._listed[self._carried :]:
+            self._left_over.apply(self._index(listed), listed.segment.key)
+        self._carried = len(self._listed)
 
     def clear(self) -> None:
         """They are in the head, or may never be."""
@@ -129,6 +136,7 @@ class Pending:
         if self._left_over is not None:
             self._left_over.close()
             self._left_over = None
+        self._carried = 0
 
     def close(self) -> None:
         """Give all space back."""

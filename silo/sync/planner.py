@@ -15,12 +15,16 @@ import numpy.typing as npt
 from silo.chunkmap import Indices
 
 __all__ = [
+    "LEVELS",
     "Pace",
     "TokenBucket",
     "UploadWindow",
     "batches",
     "checkpoint_due",
     "coldest_first",
+    "hottest_left",
+    "is_worth_a_pass",
+    "levels_of",
 ]
 
 SCAN = 1 << 16
@@ -37,7 +41,7 @@ def coldest_first(chunks: Indices, heat: npt.NDArray[np.float32]) -> Iterator[In
     """
     levels = np.empty(len(chunks), dtype=np.uint8)
     for start in range(0, len(chunks), SCAN):
-        levels[start : start + SCAN] = _level(heat[chunks[start : start + SCAN]])
+        levels[start : start + SCAN] = levels_of(heat[chunks[start : start + SCAN]])
     for level in np.unique(levels):
         for start in range(0, len(chunks), SCAN):
             chosen = chunks[start : start + SCAN][levels[start : start + SCAN] == level]
@@ -45,10 +49,32 @@ def coldest_first(chunks: Indices, heat: npt.NDArray[np.float32]) -> Iterator[In
                 yield chosen
 
 
-def _level(heat: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+LEVELS = 129
+"""What `levels_of` may return is below this."""
+
+
+def levels_of(heat: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """The power of two below each value; 0 for everything below 1."""
     _, exponent = np.frexp(heat)
-    return np.clip(exponent, 0, 128).astype(np.uint8)
+    return np.clip(exponent, 0, LEVELS - 1).astype(np.uint8)
+
+
+def hottest_left(sizes: npt.NDArray[np.int64], keep: int) -> int:
+    """Up to which level of heat chunks are uploaded ahead, so that at most ``keep`` bytes are left for the cut.
+
+    ``sizes`` has the dirty bytes of each level. Chunks of one level go together, so a lot of equally hot ones all go.
+    """
+    above = np.cumsum(sizes[::-1])[::-1] - sizes
+    return int(np.argmax(above <= keep))
+
+
+def is_worth_a_pass(left: int, before: float, cut_size: int) -> bool:
+    """Whether to upload once more ahead of the cut: ``left`` dirty bytes are too many for it, and fewer than before.
+
+    A guest that dirties as fast as we upload would make us go on for ever; then the cut must do, with what it has for
+    copies. ``before`` is what was left before the last pass.
+    """
+    return left > cut_size and left <= 0.7 * before
 
 
 def batches(arrays: Iterator[Indices], size: int) -> Iterator[list[int]]:
@@ -136,7 +162,9 @@ class Pace:
     """Smoothed time from a cut to its commit; rises at once, falls slowly."""
 
     def took(self, duration_s: float) -> None:
-        """A cut was stored."""
+        """A cut was stored, with what was uploaded ahead of it. One that took longer than the target, such as the first
+        one, says no more than that."""
+        duration_s = min(duration_s, self.rpo_s)
         self.duration_s = max(duration_s, self.duration_s * 0.7 + duration_s * 0.3)
 
     def next_cut(self, last_cut: float) -> float:

@@ -64,6 +64,11 @@ class SyncSettings:
     the threads and the event loop then wake each other up all the time."""
     threads: int = 2
     """Threads that hash and compress."""
+    cut_size: int = 256 * MIB
+    """Content that a cut takes at most, as long as the guest is not faster than the upload: what is dirty beyond that
+    is uploaded ahead of the cut, in rounds, while the guest writes on."""
+    round_size: int = 1024 * MIB
+    """Content of one such round. One that fails is read again."""
     rate_bps: float | None = None
     """Limit of the upload in bytes per second, over a few seconds; ``None`` for no limit."""
     checkpoint_segments: int = 64
@@ -90,6 +95,8 @@ class SyncSettings:
             raise InvalidRequestError(
                 "segments have at most 1 GiB; segments, batches and checkpoints cannot be empty"
             )
+        if self.cut_size <= 0 or self.round_size <= 0:
+            raise InvalidRequestError("cuts and rounds cannot be empty")
         if self.window < self.segment_size:
             raise InvalidRequestError("the window must hold at least one segment")
         if self.rate_bps is not None and self.rate_bps <= 0:

@@ -16,6 +16,8 @@ class SyncPhase(enum.Enum):
     """For the next cut to be due."""
     HELD = "held"
     """Commits are held back; no cut is taken."""
+    AHEAD = "uploading ahead"
+    """More is dirty than a cut should take: most of it is uploaded first, while the guest writes on."""
     UPLOADING = "uploading"
     COMMITTING = "committing"
     FAILING = "failing"
@@ -39,6 +41,8 @@ class SyncStatus:
     """How old the state is that would be recovered if this host vanished now. Unchanged volumes do not age."""
     exposed_bytes: int
     """Upper bound of what would be lost then."""
+    backlog_bytes: int
+    """What is waiting to be uploaded: less than that when a part is in the store, but not committed."""
     copied_bytes: int
     """Old content that is kept aside for the cut in progress."""
     holds: tuple[str, ...]

@@ -1,11 +1,11 @@
 """The syncer of one group: takes cuts, has them uploaded, commits them, at the pace that the RPO asks for.
 
-One *cycle* is: take the cut; upload it; wait until commits are not held; compare-and-swap the head. It ends with
-the cut committed or abandoned; abandoned, all of its chunks are dirty again, so a failure never loses one.
-While the store does not answer, or refuses what it took before, a cycle goes on trying, which the status shows.
-What ends it is something that trying on cannot mend: old content was lost because room ran out, the local disk
-failed. Then the next cycle begins with a fresh cut, after a delay that grows, and after the head has been seen to
-be still ours.
+One *cycle* is: when a lot is dirty, upload most of it ahead of the cut (`silo.sync.ahead`); take the cut; upload it;
+wait until commits are not held; compare-and-swap the head. It ends with the cut committed or abandoned; abandoned,
+all of its chunks are dirty again, so a failure never loses one. While the store does not answer, or refuses what it
+took before, a cycle goes on trying, which the status shows. What ends it is something that trying on cannot mend: old
+content was lost because room ran out, the local disk failed. Then the next cycle begins with a fresh cut, after a
+delay that grows, and after the head has been seen to be still ours.
 
 A *hold* keeps commits back while there must be none: at the source of a migration from the offer on, at the
 target until everything has arrived (safety rule 1). While there is a hold no cut is taken either, because a
@@ -38,6 +38,7 @@ from silo.errors import (
 )
 from silo.frozen import Cut
 from silo.group import Group
+from silo.sync.ahead import Forerunner
 from silo.sync.amendments import Amendments
 from silo.sync.claim import check_volumes
 from silo.sync.committer import Committer, volume_infos
@@ -77,6 +78,7 @@ class Syncer:
         self._register = register
         self._clock = clock
         self._committer = Committer(group, register, store, manifest, clock, settings, directory)
+        self._ahead = Forerunner(group, self._committer.upload_ahead, settings)
         self._pace = Pace(settings.rpo_s)
         self._backoff = Backoff(clock, settings.retry)
         age_s = max(0.0, clock.wall() - manifest.head.cut_time)
@@ -166,6 +168,7 @@ class Syncer:
             cut_time=self.manifest.head.cut_time,
             rpo_s=now - self._covered_at,
             exposed_bytes=self._group.exposed_bytes,
+            backlog_bytes=self._group.backlog_bytes,
             copied_bytes=self._group.cut.copied_bytes if self._group.cut else 0,
             holds=tuple(self._holds),
             error=str(trouble.error) if trouble else "",
@@ -259,6 +262,7 @@ class Syncer:
                 # Ends `run` wherever it waits, and leaves its task to whoever owns it.
                 self._limit.reschedule(asyncio.get_running_loop().time())
                 await self._wait_ended()
+            self._committer.give_back()
             self._committer.close()
             self.manifest.close()
 
@@ -312,16 +316,18 @@ class Syncer:
             self._was_stopped |= self._clock.boottime() > expected + PAUSE_S
 
     async def _try_cycle(self) -> None:
+        begun = self._begun
         try:
             await self._cycle()
         except (FencedError, InvariantError, ClosedError):
             raise
         except SiloError as error:
-            self._abandoned += 1
             self._committer.abandoned()
             self._phase = SyncPhase.FAILING
             if self._backoff.trouble is None:
-                logger.warning("group %s: a cut was abandoned: %s", self._group.name, error)
+                what = "a cut was abandoned" if self._begun > begun else "no cut could be taken"
+                logger.warning("group %s: %s: %s", self._group.name, what, error)
+            self._abandoned += self._begun - begun
             await asyncio.sleep(self._backoff.failed(error))
 
     async def _cycle(self) -> None:
@@ -330,6 +336,12 @@ class Syncer:
             # Before old content is protected again: does the store answer, and is the group still ours?
             await self._register.confirm()
             self._was_stopped = False
+        started = self._clock.monotonic()
+        self._phase = SyncPhase.AHEAD
+        await self._ahead.run(lambda: not self._holds)
+        if self._holds:
+            return
+        self._committer.begin()
         cut = self._group.take()
         self._begun += 1
         self._last_take = cut.time_monotonic
@@ -338,6 +350,7 @@ class Syncer:
                 cut.commit()
             else:
                 await self._store(cut)
+                self._pace.took(self._clock.monotonic() - started)
         except BaseException:
             cut.abandon()
             raise
@@ -356,7 +369,6 @@ class Syncer:
             await self._wake.wait()
         self._phase = SyncPhase.COMMITTING
         await self._committer.commit(cut, checkpoint)
-        self._pace.took(self._clock.monotonic() - cut.time_monotonic)
 
     def _notify(self) -> None:
         self._wake.set()

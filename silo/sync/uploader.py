@@ -26,8 +26,9 @@ import numpy as np
 
 from silo.chunkmap import Indices, runs_of
 from silo.errors import CapacityError, CorruptionError, UnavailableError
-from silo.frozen import Cut, VolumeCut
+from silo.frozen import Cut, Taken
 from silo.heatmap import HeatMap
+from silo.sync.ahead import Round
 from silo.sync.buffers import BufferPool, Lease, joined
 from silo.sync.claim import Owner
 from silo.sync.codec import Encoded, Kind
@@ -68,7 +69,7 @@ class Uploader:
     def __attrs_post_init__(self) -> None:
         self.pool = BufferPool(self.settings.batch_size)
 
-    async def upload(self, cut: Cut, owner: Owner, heats: Mapping[str, HeatMap]) -> None:
+    async def upload(self, cut: Cut | Round, owner: Owner, heats: Mapping[str, HeatMap]) -> None:
         """Store what the cut adds to the next head; ``pending`` lists it then.
 
         `CapacityError` when the room for copies or for the map has run out; otherwise it goes on until everything
@@ -87,7 +88,7 @@ class CutUpload:
     def __init__(
         self,
         shared: Uploader,
-        cut: Cut,
+        cut: Cut | Round,
         owner: Owner,
         heats: Mapping[str, HeatMap],
         tasks: asyncio.TaskGroup,
@@ -174,7 +175,7 @@ class CutUpload:
                     self._leases.append(batch.lease)
         batch.lease.drop()
 
-    async def _pack_zeros(self, part: VolumeCut) -> None:
+    async def _pack_zeros(self, part: Taken) -> None:
         written: Indices = np.array(sorted(self._zeros[part.name]), dtype=np.int64)
         for number, (first, limit) in enumerate(merged([*part.zeros, *runs_of(written)])):
             if number % 1024 == 1023:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 
+import attrs
 import pytest
 
 from silo.chunkmap import SYNC_DIRTY, ChunkMap, Residency, after_restart
@@ -44,6 +45,8 @@ SETTINGS = SyncSettings(
     drain_timeout_s=60.0,
     retry=RETRY,
 )
+AHEAD = attrs.evolve(SETTINGS, cut_size=CHUNK, round_size=3 * CHUNK)
+"""With more than a chunk to store, most of it goes ahead of the cut."""
 FETCH = FetchSettings(run_size=2 * CHUNK, background_lanes=2, patience_s=30.0, retry=RETRY)
 KINDS = (FaultKind.FAIL, FaultKind.LOSE_RESPONSE, FaultKind.LATE, FaultKind.SLOW_DOWN, FaultKind.DELAY)
 
@@ -75,6 +78,8 @@ class SyncWorld(World):
         """What the state directory would remember."""
         self.client: MemoryClient | None = None
         self.opened: list[Syncer] = []
+        self.rounds = 0
+        """Stored ahead of cuts, by processes that have died."""
 
     def bury(self) -> None:
         """The process is dead: its requests get no further, and the kernel closes its files."""
@@ -82,6 +87,7 @@ class SyncWorld(World):
             self.client.kill()
         while self.opened:
             syncer = self.opened.pop()
+            self.rounds += syncer._ahead.rounds
             syncer._committer.close()
             syncer.manifest.close()
 
@@ -140,7 +146,8 @@ async def open_here(
     world.owners = [register.owner]
     if adopt is not None:
         await take_over(world, adopt)
-    syncer = await Syncer.open(group, register, client, world.clock, SETTINGS, fetch=FETCH)
+    settings = world.chance.choice((SETTINGS, AHEAD))
+    syncer = await Syncer.open(group, register, client, world.clock, settings, fetch=FETCH)
     world.opened.append(syncer)
     take = group.take
 
@@ -197,7 +204,7 @@ def lose_disk(world: SyncWorld) -> None:
         world.states[name] = bytearray([Residency.ABSENT_STORE]) * CHUNKS
 
 
-async def die_and_return(clock: SimulatedClock) -> tuple[int, int]:
+async def die_and_return(clock: SimulatedClock) -> tuple[int, int, int]:
     """The scenario: killed at any step, three times, with or without loss of the disk; in the end all is stored."""
     world = SyncWorld(clock)
     expectation = Expectation.opening()
@@ -226,7 +233,7 @@ async def die_and_return(clock: SimulatedClock) -> tuple[int, int]:
     images = await restored(world.store.client(), clock, "vm")
     for name, oracle in world.oracles.items():
         oracle.check(images[name], oracle.now(), 0, "the end")
-    return world.commits, world.promised
+    return world.commits, world.promised, world.rounds
 
 
 async def be_replaced(clock: SimulatedClock) -> int:
@@ -283,7 +290,8 @@ def test_a_living_host_is_replaced(expect_log: ExpectedLogs) -> None:
 def test_hosts_die_and_return(expect_log: ExpectedLogs) -> None:
     """Whatever a restorer finds was one instant of both volumes, and no promise is broken."""
     outcomes = explore(die_and_return, seeds=seeds(20))
-    assert sum(commits for commits, _ in outcomes) > 5 * len(outcomes)
-    assert sum(promised for _, promised in outcomes) > len(outcomes)
+    assert sum(commits for commits, _, _ in outcomes) > 5 * len(outcomes)
+    assert sum(promised for _, promised, _ in outcomes) > len(outcomes)
+    assert sum(rounds for _, _, rounds in outcomes) > 5 * len(outcomes)
     if expect_log.matching("a cut was abandoned"):
         expect_log("a cut was abandoned")

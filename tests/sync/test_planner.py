@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from silo.sync.planner import Pace, TokenBucket, UploadWindow, batches, checkpoint_due, coldest_first
+from silo.sync.planner import (
+    LEVELS,
+    Pace,
+    TokenBucket,
+    UploadWindow,
+    batches,
+    checkpoint_due,
+    coldest_first,
+    hottest_left,
+    is_worth_a_pass,
+    levels_of,
+)
 
 heats = st.lists(st.floats(0, 2.0**99, width=32), min_size=1, max_size=200)
 
@@ -128,3 +139,35 @@ def test_a_checkpoint_is_cheap_or_overdue(
         checkpoint_due(segments=segments, soft_limit=64, page_bytes=page_bytes, stored_bytes=stored_bytes)
         is due
     )
+
+
+@given(st.lists(st.integers(0, 1000), min_size=LEVELS, max_size=LEVELS), st.integers(0, 10_000))
+def test_what_is_left_for_the_cut_is_the_hottest_that_fits(sizes: list[int], keep: int) -> None:
+    """One level further down would be too much, unless everything is left."""
+    warmest = hottest_left(np.array(sizes, dtype=np.int64), keep)
+    assert sum(sizes[warmest + 1 :]) <= keep
+    assert warmest == 0 or sum(sizes[warmest:]) > keep
+
+
+def test_levels_are_powers_of_two() -> None:
+    heat = np.array([0, 0.5, 0.99, 1, 1.9, 2, 3.9, 4, 3e38], dtype=np.float32)
+    assert levels_of(heat).tolist() == [0, 0, 0, 1, 1, 2, 2, 3, LEVELS - 1]
+
+
+def test_a_pass_ahead_of_the_cut_must_help() -> None:
+    """Only when the cut would be too large, and only as long as each pass leaves clearly less than the one before."""
+    assert not is_worth_a_pass(100, float("inf"), 100)
+    assert is_worth_a_pass(101, float("inf"), 100)
+    assert is_worth_a_pass(700, 1000, 100)
+    assert not is_worth_a_pass(701, 1000, 100)
+
+
+def test_the_first_sync_does_not_set_the_pace_for_long() -> None:
+    """What took longer than the target once says nothing about the next cuts."""
+    pace = Pace(10.0)
+    pace.took(10_000.0)
+    cuts = 0
+    while pace.next_cut(0.0) < 5.0:
+        pace.took(0.1)
+        cuts += 1
+    assert cuts < 6
