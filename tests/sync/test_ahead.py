@@ -196,8 +196,11 @@ async def test_a_hold_ends_the_rounds_and_takes_no_cut(clock: SimulatedClock) ->
 
 
 @simulated
-async def test_rounds_of_an_earlier_epoch_count_no_more(clock: SimulatedClock) -> None:
+async def test_rounds_of_an_earlier_epoch_count_no_more(
+    clock: SimulatedClock, expect_log: ExpectedLogs
+) -> None:
     """The group was offered and taken back: collectors of the new epoch sweep what the old one has not committed."""
+    expect_log("no cut could be taken: the epoch .* changed")
     store = MemoryStore(clock, latency_s=0.5)
     group = make_group(clock, {"disk": 512 * CHUNK})
     async with syncing(store.client(), clock, group=group, settings=SMALL) as it:
