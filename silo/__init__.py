@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from silo.hosted import HostedGroup
     from silo.moving import Move
     from silo.opening import VolumeSpec
+    from silo.p2p.tls import HostTls
     from silo.p2p.transport import PlainTransport
     from silo.sync.settings import SyncSettings
     from silo.volume import Volume
@@ -78,6 +79,7 @@ _HOMES = {
     "silo.hosted": ("HostedGroup",),
     "silo.moving": ("Move",),
     "silo.opening": ("VolumeSpec",),
+    "silo.p2p.tls": ("HostTls",),
     "silo.p2p.transport": ("PlainTransport",),
     "silo.sync.settings": ("SyncSettings",),
     "silo.volume": ("Volume",),
@@ -100,6 +102,7 @@ __all__ = [
     "HandoverInDoubt",
     "Health",
     "Host",
+    "HostTls",
     "HostedGroup",
     "InvalidRequestError",
     "InvariantError",

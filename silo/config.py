@@ -7,7 +7,7 @@ an error names the key, what was found and what would have been right::
     state = "/var/lib/silo"
     store = "file:///var/lib/silo-store"      # or s3://bucket/prefix?endpoint=...
     peer = "tcp:0.0.0.0:5170"                 # where other hosts may bring groups
-    insecure_peer = true                      # plain TCP between hosts, in a network that you trust
+    tls_dir = "/etc/silo/tls"                 # this host's certificate, as `silo certs issue` makes it
     listen = "unix:/run/silo/{group}.sock"    # for groups that arrive, or that say nothing else
 
     [sync]
@@ -175,7 +175,12 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     store: str = ""
     listen: str = ""
     peer: str = ""
+    tls_dir: str = ""
+    """Where ``host.crt``, ``host.key`` and ``ca.crt`` are; with it hosts talk over mutual TLS."""
+    tls_any_name: bool = False
+    """A certificate of the fleet is enough; it need not name the host that was dialled."""
     insecure_peer: bool = False
+    """Plain TCP between hosts, in a network that is trusted."""
     sync: SyncConfig = SyncConfig()
     migration: MigrationConfig = MigrationConfig()
     incoming: IncomingConfig = IncomingConfig()
@@ -243,10 +248,16 @@ def check_config(config: ServeConfig, origin: str) -> ServeConfig:
             _check_group(name, group)
     except InvalidRequestError as error:
         raise InvalidRequestError(f"{where}: {error.message}", hint=error.hint) from error
-    if config.peer.startswith("tcp:") and not config.insecure_peer:
+    if config.insecure_peer and config.tls_dir:
+        raise InvalidRequestError(
+            f"{origin}: hosts talk either over TLS or over plain TCP",
+            hint="leave out tls_dir or insecure_peer",
+        )
+    if config.peer.startswith("tcp:") and not (config.insecure_peer or config.tls_dir):
         raise InvalidRequestError(
             f"{origin}: peer {config.peer} would be plain TCP",
-            hint="say insecure_peer = true (--insecure-peer) if you trust the network, or use a Unix socket",
+            hint="name this host's certificate with tls_dir (--tls-dir; `silo certs` makes it), say "
+            "insecure_peer = true (--insecure-peer) if you trust the network, or use a Unix socket",
         )
     return config
 

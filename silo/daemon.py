@@ -30,6 +30,7 @@ from silo.host import Host
 from silo.hosted import HostedGroup
 from silo.opening import VolumeSpec
 from silo.p2p.settings import MigrationSettings
+from silo.p2p.tls import HostTls
 from silo.p2p.transport import PlainTransport
 from silo.sync.settings import SyncSettings
 from silo.threads import run_to_completion
@@ -53,7 +54,8 @@ async def serve_until_told(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.received)
     try:
-        transport = PlainTransport(insecure_tcp=config.insecure_peer)
+        peers = HostTls.in_directory(config.tls_dir, check_names=not config.tls_any_name)
+        plain = PlainTransport(insecure_tcp=config.insecure_peer)
         migration = MigrationSettings(
             workload_timeout_s=config.migration.workload_timeout_s, hot_size=config.migration.hot_bytes
         )
@@ -61,7 +63,8 @@ async def serve_until_told(
         async with Host(
             config.state,
             listen=config.peer or None,
-            transport=transport,
+            tls=peers if config.tls_dir else None,
+            transport=None if config.tls_dir else plain,
             migration=migration,
             nbd=config.nbd.settings(),
         ) as host:

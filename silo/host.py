@@ -45,6 +45,8 @@ from silo.p2p.reception import IncomingOffer, Reception
 from silo.p2p.records import HANDOVER_RECORD
 from silo.p2p.settings import MigrationSettings
 from silo.p2p.target import TargetMigration
+from silo.p2p.tls import HostTls
+from silo.p2p.tls_transport import TlsTransport
 from silo.p2p.transport import PlainTransport
 from silo.statedir import GroupState, StateDir
 from silo.storelink import StoreLink
@@ -66,20 +68,24 @@ class Host:
         state: str | os.PathLike[str],
         *,
         listen: str | None = None,
+        tls: HostTls | None = None,
         transport: Transport | None = None,
         migration: MigrationSettings | None = None,
         nbd: NbdServerSettings | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """``listen`` is where other hosts may bring groups. ``transport`` decides how hosts reach one another: by
-        default over Unix sockets only, as plain TCP must be asked for (`silo.p2p.transport.PlainTransport`). ``nbd``
-        limits what the clients of `export` may take."""
+        """``listen`` is where other hosts may bring groups. With ``tls`` hosts reach one another over TCP, each
+        showing its certificate; without it, over Unix sockets only. ``transport`` stands for any other way, plain TCP
+        (`silo.p2p.transport.PlainTransport`) among them. ``nbd`` limits what the clients of `export` may take."""
+        if tls is not None and transport is not None:
+            raise InvalidRequestError("a host has either tls or a transport of its own")
         self.clock = clock or SystemClock()
         self.groups: dict[str, HostedGroup] = {}
         self._path = Path(state)
         self._listen = listen
         self._nbd = nbd
-        self._transport = transport or PlainTransport()
+        self._tls = tls
+        self._transport = transport or (TlsTransport(tls) if tls is not None else PlainTransport())
         self._migration = migration or MigrationSettings()
         self._site: Site | None = None
         self._reception: Reception | None = None
@@ -94,6 +100,8 @@ class Host:
     async def __aenter__(self) -> Self:
         self._state = StateDir(self._path)
         try:
+            if self._tls is not None:
+                await self._tls.check(self.clock)
             self._site = Site(
                 host=await self._state.host_name(self.clock),
                 transport=self._transport,

@@ -45,6 +45,19 @@ Store = Annotated[
 SyncInterval = Annotated[str | None, _flag("Time between two cuts: 500ms, 5s, 1m. Default 5s.")]
 State = Annotated[str | None, _flag("Maps, records and the control socket. Default /var/lib/silo.")]
 Peer = Annotated[str | None, _flag("Let other hosts bring groups here: tcp:HOST:PORT or unix:/path.")]
+TlsDir = Annotated[
+    str | None,
+    _flag(
+        "Talk to other hosts over mutual TLS, with the certificate in this directory (`silo certs issue`)."
+    ),
+]
+TlsAnyName = Annotated[
+    bool | None,
+    typer.Option(
+        "--tls-any-name",
+        help="Accept any host of the fleet where one was dialled, whatever name its certificate has.",
+    ),
+]
 InsecurePeer = Annotated[
     bool | None,
     typer.Option("--insecure-peer", help="Plain TCP between hosts, in a network that you trust."),
@@ -103,6 +116,8 @@ def serve(
     sync_interval: SyncInterval = None,
     state: State = None,
     peer: Peer = None,
+    tls_dir: TlsDir = None,
+    tls_any_name: TlsAnyName = None,
     insecure_peer: InsecurePeer = None,
     incoming: Incoming = None,
     nbd_certificate: NbdCertificate = None,
@@ -124,7 +139,7 @@ def serve(
 
         silo serve --group vm1 --volume disk=disk.img,size=8G --listen unix:/run/silo/vm1.sock --store file:///srv/s
 
-        silo serve --peer tcp:0.0.0.0:5170 --insecure-peer --listen unix:/run/silo/{group}.sock --store s3://b/silo
+        silo serve --peer tcp:0.0.0.0:5170 --tls-dir /etc/silo/tls --listen unix:/run/silo/{group}.sock --store s3://b/silo
     """
     merged = merge_flags(
         load_config(config) if config is not None else ServeConfig(),
@@ -136,6 +151,8 @@ def serve(
         store=store,
         state=state,
         peer=peer,
+        tls_dir=tls_dir,
+        tls_any_name=tls_any_name,
         insecure_peer=insecure_peer,
         incoming=incoming,
         nbd={

@@ -64,7 +64,8 @@ class PlainTransport(Transport):
         if isinstance(address, TcpAddress) and not self.insecure_tcp:
             raise InvalidRequestError(
                 f"{url} would be spoken to without encryption",
-                hint="allow that explicitly, or use a Unix socket",
+                hint="give this host its certificate (--tls-dir, `silo certs` makes it), allow plain TCP "
+                "(--insecure-peer), or use a Unix socket",
             )
         return address
 

@@ -46,6 +46,9 @@ MAGIC: Final = b"SILO"
 VERSION: Final = 1
 """Of the framing. What the frames mean is negotiated in HELLO, which therefore can always be read."""
 
+_TLS_RECORDS: Final = (b"\x16\x03", b"\x15\x03")
+"""How a TLS handshake begins, and how a TLS server answers what is none."""
+
 _HEADER: Final = struct.Struct("<4sBBHI")
 HEADER_SIZE: Final = _HEADER.size
 
@@ -169,12 +172,26 @@ def parse_chunk(payload: memoryview) -> ChunkFrame:
     return ChunkFrame(migration, round_, volume, chunk, length, digest, Encoding(encoding), content)
 
 
+def _check_magic(start: Buffer) -> None:
+    """As much of it as there is: who speaks something else may never say enough for a header."""
+    found = bytes(start)
+    if found[:2] in _TLS_RECORDS:
+        raise RemoteProtocolError(
+            "the other host speaks TLS, and this one does not",
+            hint="give this host its certificate (--tls-dir; `silo certs` makes it)",
+        )
+    if found != MAGIC[: len(found)]:
+        raise RemoteProtocolError(
+            f"expected a frame, got {found!r}", hint="is it really Silo that speaks there?"
+        )
+
+
 def _check_header(header: Buffer, offset: int) -> tuple[FrameType, int]:
     magic, version, kind, flags, length = _HEADER.unpack_from(header, offset)
-    if magic != MAGIC or version != VERSION:
+    _check_magic(magic)
+    if version != VERSION:
         raise RemoteProtocolError(
-            f"expected a frame of version {VERSION}, got {bytes(magic)!r} version {version}",
-            hint="is this port really spoken to by Silo, and without TLS in between?",
+            f"expected a frame of version {VERSION}, got version {version}", hint="update the older host"
         )
     limit = _LIMITS.get(kind)
     if limit is None or flags:
@@ -234,3 +251,4 @@ class FrameBuffer:
                 return
             self._start = first + length
             yield Frame(kind, self._bytes[first : first + length])
+        _check_magic(self._bytes[self._start : min(self._end, self._start + len(MAGIC))])
