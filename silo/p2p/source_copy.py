@@ -15,7 +15,7 @@ import attrs
 
 from silo.abc import Clock
 from silo.chunkmap import Residency
-from silo.errors import InvalidRequestError, SiloError, UnavailableError
+from silo.errors import InvalidRequestError, ProtocolError, SiloError, UnavailableError
 from silo.events import Phase, RoundStarted
 from silo.group import Group
 from silo.p2p.budget import Action, Plan
@@ -120,12 +120,15 @@ class PreCopy:
     # ---- a target -----------------------------------------------------------------------------------------
 
     async def _wait_accepted(self) -> None:
-        """With a deadline it is worth dialling again, for as long as the store can wait."""
+        """With a deadline it is worth dialling again, for as long as the store can wait; but not a host that
+        refuses, or that does not speak as we do."""
         link, session = self._p.link, self._p.session
         may_wait = self._p.steering.left_s is not None
 
         def is_known() -> bool:
-            refused = link.error is not None and (not may_wait or isinstance(link.error, LinkRefused))
+            refused = link.error is not None and (
+                not may_wait or isinstance(link.error, LinkRefused | ProtocolError)
+            )
             return session.stage is not Stage.NEW or refused
 
         try:

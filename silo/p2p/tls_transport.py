@@ -217,8 +217,8 @@ class TlsConnection(Connection):
                 while await self._plain.receive_into(self._received):
                     pass  # whatever it had to say is for somebody else
 
-    def _left(self) -> UnavailableError:
-        return UnavailableError(
+    def _left(self) -> RemoteProtocolError:
+        return RemoteProtocolError(
             f"{self.peer} closed the connection during the TLS handshake",
             hint="does the other host speak TLS, and does it trust the authority of this one?",
         )

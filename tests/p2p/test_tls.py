@@ -225,7 +225,7 @@ async def test_tls_to_a_plain_port(fleet):
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(hang_up())
-        with pytest.raises(UnavailableError, match="during the TLS handshake"):
+        with pytest.raises(RemoteProtocolError, match="during the TLS handshake"):
             await TlsTransport(fleet.host("a")).connect(listener.url)
     await listener.aclose()
 
