@@ -110,6 +110,9 @@ async def _check_any_alignment(device: BlockDevice, numbers: _Numbers) -> None:
         data = numbers.data(length)
         await _write(device, offset, data, numbers)
         _expect_bytes(await device.read(offset, length), data, f"{offset}+{length}")
+        room = bytearray(length)
+        if device.copy_nowait(offset, memoryview(room)):
+            _expect_bytes(room, data, f"{offset}+{length} copied without waiting")
         if (seen := device.read_nowait(offset, length)) is not None:
             _expect_bytes(seen, data, f"{offset}+{length} without waiting")
 

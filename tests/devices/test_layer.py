@@ -9,10 +9,11 @@ import pytest
 from silo.abc import BlockDevice
 from silo.devices.checked import CheckedDevice
 from silo.devices.delayed import DelayedDevice
-from silo.devices.faulty import FaultyDevice
+from silo.devices.faulty import FaultyDevice, Verb
 from silo.devices.layer import Layer
 from silo.devices.memory import MemoryDevice
 from silo.devices.volatile import VolatileDevice
+from silo.errors import SiloError
 from silo.testing.check_device import check_device
 
 VERBS = sorted(BlockDevice.__abstractmethods__)
@@ -44,7 +45,16 @@ def test_the_port_has_no_other_verbs() -> None:
     public = [
         name for name, _ in inspect.getmembers(BlockDevice, inspect.isfunction) if not name.startswith("_")
     ]
-    assert sorted(public) == VERBS
+    assert sorted(public) == sorted([*VERBS, "copy_nowait"])
+
+
+async def test_what_the_port_derives_goes_through_the_layer() -> None:
+    """`BlockDevice.copy_nowait` is made of a verb, so that no layer can forget it."""
+    device = FaultyDevice(MemoryDevice(1 << 20))
+    device.fail(Verb.READ)
+    with pytest.raises(SiloError):
+        device.copy_nowait(0, memoryview(bytearray(512)))
+    await device.aclose()
 
 
 @pytest.mark.parametrize("verb", VERBS)
