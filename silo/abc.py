@@ -121,6 +121,10 @@ class BlockDevice(abc.ABC):
     async def flush(self) -> None:
         """Make every write that ended before this call durable on this device's medium."""
 
+    def flush_nowait(self) -> bool:
+        """As `flush` if nothing has to be waited for, else False: what every medium says that is not memory."""
+        return False
+
     @abc.abstractmethod
     async def data_extents(self) -> Sequence[tuple[int, int]]:
         """Ascending, disjoint extents outside of which the device is known to read as zeros. May be one big one."""

@@ -27,6 +27,9 @@ HALF_LIFE_DEFAULT_S = 600.0
 _WEIGHT_MAX = 2.0**64
 """Far below the float32 limit of 2^128, so that 2^64 requests at the largest weight still fit."""
 
+_SHORT_RUN = 16
+"""Up to here a loop costs less than numpy's detour, whose code a large request has driven from the cache."""
+
 
 class HeatMap:
     """Decayed read and write counts per chunk: 8 bytes per chunk, allocated when touched.
@@ -59,6 +62,14 @@ class HeatMap:
             exponent = 0.0
         self.weight = 2.0**exponent
 
+    def note_reads(self, first: int, limit: int) -> None:
+        """A read has touched a run of chunks."""
+        _add(self.reads, self.read_view, first, limit, self.weight)
+
+    def note_writes(self, first: int, limit: int) -> None:
+        """A write has touched a run of chunks."""
+        _add(self.writes, self.write_view, first, limit, self.weight)
+
     def read_heat(self, first: int = 0, limit: int | None = None) -> npt.NDArray[np.float32]:
         """Decayed read counts as of the last `advance`."""
         return self.read_view[first:limit] / np.float32(self.weight)
@@ -71,3 +82,13 @@ class HeatMap:
         """Take over decayed counts that another host has seen (added to our own)."""
         self.read_view += reads * np.float32(self.weight)
         self.write_view += writes * np.float32(self.weight)
+
+
+def _add(
+    heats: memoryview[float], view: npt.NDArray[np.float32], first: int, limit: int, weight: float
+) -> None:
+    if limit - first > _SHORT_RUN:
+        view[first:limit] += weight
+    else:
+        for chunk in range(first, limit):
+            heats[chunk] += weight

@@ -148,7 +148,7 @@ class LocalChunks:
 
     def _settle(self, first: int, limit: int) -> None:
         """After a device write: what was touched is on the device, and warmer."""
-        self.heat.write_view[first:limit] += self.heat.weight
+        self.heat.note_writes(first, limit)
         for chunk in range(first, limit):
             residency = self._states[chunk] & RESIDENCY_MASK
             if residency != PRESENT:
@@ -332,6 +332,16 @@ class LocalChunks:
                 self._flush_started += 1
                 await self._flush_now()
                 self._flush_done = self._flush_started
+
+    def flush_nowait(self) -> bool:
+        """As `flush` when there is nothing to wait for, else do nothing and return False."""
+        if (
+            self._unpunched
+            or self._flush_turn.locked()
+            or (self._checkpoint_due and self._keeper is not None)
+        ):
+            return False
+        return self.device.flush_nowait()
 
     async def _flush_now(self) -> None:
         # Without a durable map the device itself must be zero where the guest has zeroed.

@@ -108,7 +108,7 @@ class Volume(Hydration):
         else:
             whole = self._read_runs_nowait(first, limit, offset, length)
         if whole is not None:
-            self.heat.read_view[first:limit] += self.heat.weight
+            self.heat.note_reads(first, limit)
         return whole
 
     def _read_runs_nowait(self, first: int, limit: int, offset: int, length: int) -> bytearray | None:
@@ -144,7 +144,7 @@ class Volume(Hydration):
     async def _read_device(self, first: int, limit: int, offset: int, length: int) -> Buffer:
         """Read what is known locally through the device's asynchronous form."""
         runs = self.chunks.residency_runs(first, limit)
-        self.heat.read_view[first:limit] += self.heat.weight
+        self.heat.note_reads(first, limit)
         if len(runs) == 1 and runs[0][2] == PRESENT:
             return await self.device.read(offset, length)
         whole = bytearray(length)
@@ -177,17 +177,26 @@ class Volume(Hydration):
 
     def _write_uncommon_nowait(self, offset: int, data: Buffer) -> bool:
         length = len(data)
-        if self._obstacle(offset, length) is not None:
-            return False
         first, limit = self.geometry.touched(offset, length)
-        self.chunks.mark_run(first, limit, self._marks)
+        # What a guest writes again and again is all there and all marked: then one look at the run is enough.
+        steady = (
+            self.gate.is_open
+            and bytes(self._states[first:limit]).count(PRESENT | self._marks) == limit - first
+        )
+        if not steady:
+            if self._obstacle(offset, length) is not None:
+                return False
+            self.chunks.mark_run(first, limit, self._marks)
         try:
             if not self.device.write_nowait(offset, data):
                 return False
         except BaseException:
             self._distrust(first, limit)
             raise
-        self._settle(first, limit)
+        if steady:
+            self.heat.note_writes(first, limit)
+        else:
+            self._settle(first, limit)
         return True
 
     async def write(self, offset: int, data: Buffer) -> None:
@@ -266,6 +275,10 @@ class Volume(Hydration):
         self.gate.check()
         await super().flush()
         self.gate.check()  # it may have failed meanwhile
+
+    def flush_nowait(self) -> bool:
+        """As `flush` when there is nothing to wait for and nothing to raise, else do nothing and return False."""
+        return self.gate.error is None and super().flush_nowait()
 
     def _edges(self, offset: int, length: int) -> list[tuple[int, int]]:
         """``(start, stop)`` of the parts of an extent that do not cover their chunk."""

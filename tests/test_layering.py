@@ -20,8 +20,8 @@ RINGS: dict[int, str] = {
     VALUES: "addresses errors events geometry names settings",
     MACHINES: "checkpoint chunkmap dirtymap heatmap records zeros",
     PORTS: "abc",
-    DRIVERS: """chunklocks clock files frozen gate group hydration linux localchunks mapfile sockets statedir tasks
-        threads throttle volume volumestate""",
+    DRIVERS: """chunklocks clock eventloop files frozen gate group hydration linux localchunks mapfile sockets statedir
+        tasks threads throttle volume volumestate""",
     FACES: """__main__ agent arriving cli config control daemon demo exporting host hosted hydrator metrics moving
         nbdconfig opening restoring storelink testing trio""",
 }

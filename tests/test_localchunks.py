@@ -9,7 +9,7 @@ import pytest
 from silo.chunkmap import FROZEN, LOCKED, RESIDENCY_MASK, SYNC_DIRTY, WINDOW, ChunkMap, Residency
 from silo.devices.faulty import FaultyDevice, Verb
 from silo.devices.memory import MemoryDevice
-from silo.errors import InvariantError, UnavailableError
+from silo.errors import FencedError, InvariantError, UnavailableError
 from silo.gate import Gate
 from silo.geometry import CHUNK_SIZE_MAX, Geometry
 from silo.localchunks import INLINE_WRITE, PUNCH_BYTES, PUNCHES_PER_FLUSH
@@ -324,6 +324,32 @@ async def test_the_map_is_copied_before_the_flush_and_written_after_it():
     await volume.flush()
     assert keeper.states == bytes([PRESENT, PRESENT])
     assert keeper.count == 2, "a flush after which the map is the same writes none"
+
+
+async def test_a_flush_of_memory_waits_for_nothing():
+    """Unless something is owed that must be waited for: punching, a checkpoint, the flush of somebody else."""
+    _, volume = make_volume(MemoryDevice(4 * CHUNK), keeper=KeptMaps())
+    assert not volume.flush_nowait(), "nobody knows what a new volume's map was before"
+    await volume.flush()
+    assert volume.flush_nowait()
+    volume.zero_nowait(0, CHUNK)
+    assert not volume.flush_nowait(), "the device is to be punched"
+    await volume.flush()
+    assert volume.flush_nowait()
+    volume.chunks.set_residency(1, ABSENT)
+    assert volume.fill_nowait(1, OLD)
+    assert not volume.flush_nowait(), "the map is to be made durable"
+    await volume.flush()
+    assert volume.flush_nowait()
+
+
+async def test_a_flush_that_would_fail_or_wait_is_not_done_at_once():
+    """A disk is waited for; a fenced volume must say that it is one, which only `flush` does."""
+    _, on_disk = make_volume(HeldDevice(CHUNK))
+    assert not on_disk.flush_nowait()
+    group, volume = make_volume(MemoryDevice(CHUNK))
+    group.gate.fail(FencedError("elsewhere"))
+    assert not volume.flush_nowait()
 
 
 @interleaved

@@ -14,7 +14,7 @@ from tests.support.source import ROOT
 
 LISTED = (ROOT / "tests" / "public_api.txt").read_text().split()
 
-HEAVY = "aiobotocore botocore obstore rich trio typer uvloop zstandard matplotlib"
+HEAVY = "aiobotocore botocore obstore rich trio typer zstandard matplotlib"
 """Packages that ``import silo`` must not load: a program may never need them."""
 
 

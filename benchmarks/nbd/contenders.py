@@ -3,12 +3,14 @@
 Like is compared with like. In memory: ours on a `MemoryDevice`, nbdkit's memory plugin, and qemu-nbd (which has no
 such thing) on a file in tmpfs. On a file: all three on a raw file in the same directory, through the page cache
 (``--cache=writeback`` for qemu-nbd), where a flush is an fsync. Every server has written all of its bytes before
-anything is measured, answers as many connections as fio opens, and gets its socket ready-made.
+anything is measured, answers as many connections as fio opens, and gets its socket ready-made. Over TLS all show the
+same certificate and ask the client for none.
 """
 
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,9 @@ import attrs
 
 from benchmarks.common.child import ListeningChild, listen_tcp, listen_unix
 
-__all__ = ["CONTENDERS", "Contender", "Site"]
+__all__ = ["CONTENDERS", "TRANSPORTS", "Contender", "Site", "make_certificates"]
+
+TRANSPORTS = ("unix", "tcp", "tls")
 
 
 @attrs.frozen
@@ -31,12 +35,23 @@ class Site:
     memory: Path
     """A directory in tmpfs."""
     transport: str
-    """``unix`` or ``tcp``."""
+    """``unix``, ``tcp``, or ``tls``, which is TLS over TCP."""
     size: int
 
     def listener(self, name: str) -> socket.socket:
         """A fresh listening socket for a contender."""
-        return listen_tcp() if self.transport == "tcp" else listen_unix(self.directory / f"{name}.sock")
+        return listen_unix(self.directory / f"{name}.sock") if self.transport == "unix" else listen_tcp()
+
+    @property
+    def certificates(self) -> Path | None:
+        """Where the certificates are, when the transport needs any."""
+        return self.directory / "tls" if self.transport == "tls" else None
+
+    def uri(self, server: ListeningChild) -> str:
+        """How fio reaches a contender."""
+        if self.certificates is None:
+            return server.uri()
+        return f"nbds://localhost:{server.address[1]}/?tls-certificates={self.certificates}"
 
     def image(self, name: str, *, on_disk: bool) -> Path:
         """A sparse file of the right size for a contender."""
@@ -63,34 +78,59 @@ class Contender:
         )
 
 
-def _silo(*options: str) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.nbd.serve_silo", *options]
+def make_certificates(directory: Path) -> None:
+    """An authority and a server's certificate for localhost, under the names that nbdkit, QEMU and libnbd expect."""
+    directory.mkdir()
+    request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    authority = [*request, "-subj", "/CN=benchmark", "-keyout", "ca-key.pem", "-out", "ca-cert.pem"]
+    server = [*request, "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-subj", "/CN=localhost"]
+    server += ["-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=critical,CA:FALSE"]
+    server += ["-keyout", "server-key.pem", "-out", "server-cert.pem"]
+    for command in (authority, server):
+        subprocess.run(command, cwd=directory, check=True, capture_output=True)
 
 
-def _qemu_nbd(image: Path) -> list[str]:
+def _silo(site: Site, *options: str) -> list[str]:
+    tls = ["--tls", str(site.certificates)] if site.certificates else []
+    return [sys.executable, "-m", "benchmarks.nbd.serve_silo", *options, *tls]
+
+
+def _nbdkit(site: Site, *plugin: str) -> list[str]:
+    tls = ["--tls=require", f"--tls-certificates={site.certificates}"] if site.certificates else []
+    return ["nbdkit", "-f", *tls, *plugin]
+
+
+def _qemu_nbd(site: Site, name: str, *, on_disk: bool) -> list[str]:
     options = ["--persistent", "--shared=64", "--cache=writeback", "--discard=unmap"]
-    return ["qemu-nbd", "--format=raw", *options, str(image)]
+    if site.certificates:
+        credentials = f"tls-creds-x509,id=tls,endpoint=server,dir={site.certificates},verify-peer=off"
+        options += ["--object", credentials, "--tls-creds=tls"]
+    return ["qemu-nbd", "--format=raw", *options, str(site.image(name, on_disk=on_disk))]
 
 
 CONTENDERS = (
-    Contender("silo-memory", "memory", True, lambda site: _silo("--memory", str(site.size))),
+    Contender("silo-memory", "memory", True, lambda site: _silo(site, "--memory", str(site.size))),
     Contender(
-        "silo-memory-nomaps", "memory", True, lambda site: _silo("--memory", str(site.size), "--no-maps")
+        "silo-memory-nomaps",
+        "memory",
+        True,
+        lambda site: _silo(site, "--memory", str(site.size), "--no-maps"),
     ),
-    Contender("nbdkit-memory", "memory", False, lambda site: ["nbdkit", "-f", "memory", str(site.size)]),
+    Contender("nbdkit-memory", "memory", False, lambda site: _nbdkit(site, "memory", str(site.size))),
     Contender(
-        "qemu-nbd-tmpfs", "memory", False, lambda site: _qemu_nbd(site.image("qemu-nbd-tmpfs", on_disk=False))
+        "qemu-nbd-tmpfs", "memory", False, lambda site: _qemu_nbd(site, "qemu-nbd-tmpfs", on_disk=False)
     ),
     Contender(
-        "silo-file", "file", True, lambda site: _silo("--file", str(site.image("silo-file", on_disk=True)))
+        "silo-file",
+        "file",
+        True,
+        lambda site: _silo(site, "--file", str(site.image("silo-file", on_disk=True))),
     ),
     Contender(
         "nbdkit-file",
         "file",
         False,
-        lambda site: ["nbdkit", "-f", "file", str(site.image("nbdkit-file", on_disk=True))],
+        lambda site: _nbdkit(site, "file", str(site.image("nbdkit-file", on_disk=True))),
     ),
-    Contender(
-        "qemu-nbd-file", "file", False, lambda site: _qemu_nbd(site.image("qemu-nbd-file", on_disk=True))
-    ),
+    Contender("qemu-nbd-file", "file", False, lambda site: _qemu_nbd(site, "qemu-nbd-file", on_disk=True)),
 )

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+from pathlib import Path
 
 from silo.abc import BlockDevice, Buffer
 from silo.chunkmap import ChunkMap, Residency
@@ -20,8 +21,10 @@ from silo.clock import SystemClock
 from silo.devices.file import FileDevice
 from silo.devices.memory import MemoryDevice
 from silo.errors import UnavailableError
+from silo.eventloop import AttentiveLoop
 from silo.exports.nbd_exports import CONNECTIONS_MAX, NbdExport, NbdExports
 from silo.exports.nbd_server import NbdServer
+from silo.exports.nbd_tls import NbdTls, server_context
 from silo.gate import Gate
 from silo.geometry import CHUNK_SIZE_DEFAULT, Geometry
 from silo.group import Group
@@ -56,10 +59,14 @@ def main() -> None:
     parser.add_argument("--block-size", metavar="SIZE", default="1", help="smallest unit of requests (1)")
     parser.add_argument("--connections-max", metavar="COUNT", type=int, default=CONNECTIONS_MAX)
     parser.add_argument("--read-only", action="store_true")
+    parser.add_argument(
+        "--tls", metavar="DIR", help="encrypt, with server-cert.pem and server-key.pem from there"
+    )
     parser.add_argument("--no-maps", action="store_true", help="bypass the maps, to measure what they cost")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
-    asyncio.run(_serve(options))
+    with asyncio.Runner(loop_factory=AttentiveLoop) as runner:
+        runner.run(_serve(options))
 
 
 async def _serve(options: argparse.Namespace) -> None:
@@ -82,7 +89,7 @@ async def _serve(options: argparse.Namespace) -> None:
             )
         )
         async with asyncio.TaskGroup() as tasks:
-            server = NbdServer(exports, tasks)
+            server = NbdServer(exports, tasks, tls=_tls_of(options))
             server.listen(_inherited_listener())
             await _wait_sigterm()
             await server.aclose()
@@ -91,6 +98,13 @@ async def _serve(options: argparse.Namespace) -> None:
         if statedir is not None:
             await statedir.aclose()
         await device.aclose()
+
+
+def _tls_of(options: argparse.Namespace) -> NbdTls | None:
+    if not options.tls:
+        return None
+    directory = Path(options.tls)
+    return NbdTls(server_context(directory / "server-cert.pem", directory / "server-key.pem"))
 
 
 def _open_device(options: argparse.Namespace) -> BlockDevice:

@@ -11,6 +11,7 @@ import typer
 
 from silo.cli.output import console, print_json
 from silo.config import ServeConfig, load_config, merge_flags
+from silo.eventloop import AttentiveLoop
 
 __all__ = ["add_to", "run_loop"]
 
@@ -175,12 +176,6 @@ def serve(
 
 
 def run_loop(work: Coroutine[Any, Any, None]) -> None:
-    """Run a coroutine on uvloop when that is installed, else on asyncio's own loop."""
-    try:
-        import uvloop
-    except ImportError:
-        factory = None
-    else:
-        factory = uvloop.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
+    """Run a coroutine on a loop that is quick to answer guests (`silo.eventloop`)."""
+    with asyncio.Runner(loop_factory=AttentiveLoop) as runner:
         runner.run(work)

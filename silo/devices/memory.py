@@ -117,6 +117,10 @@ class MemoryDevice(BlockDevice):
         """Nothing to do: memory is this device's medium."""
         self._check_open()
 
+    def flush_nowait(self) -> bool:
+        self._check_open()
+        return True
+
     async def data_extents(self) -> Sequence[tuple[int, int]]:
         """The regions of 2 MiB that were ever written, joined where they are neighbours."""
         self._check_open()

@@ -46,9 +46,25 @@ __all__ = [
 
 _DONE: Final = int(ReplyFlag.DONE)
 _DATA: Final = int(ChunkType.OFFSET_DATA)
-_STRUCTURED_DATA: Final = struct.Struct(">IHHQIQ")
-"""The header of a structured chunk and the offset that starts its payload, in one step."""
-_EXTENDED_DATA: Final = struct.Struct(">IHHQQQQ")
+
+# The header of a chunk, its first fields as one word; with data, the offset that starts the payload follows.
+_STRUCTURED_HEAD: Final = struct.Struct(">QQI")
+_STRUCTURED_DATA: Final = struct.Struct(">QQIQ")
+_EXTENDED_HEAD: Final = struct.Struct(">QQQQ")
+_EXTENDED_DATA: Final = struct.Struct(">QQQQQ")
+
+
+def _word(magic: int, flags: int, kind: int) -> int:
+    """The first eight bytes of a chunk as a number."""
+    return magic << 32 | flags << 16 | kind
+
+
+_STRUCTURED_DATA_LAST: Final = _word(STRUCTURED_REPLY_MAGIC, _DONE, _DATA)
+_STRUCTURED_DATA_MORE: Final = _word(STRUCTURED_REPLY_MAGIC, 0, _DATA)
+_STRUCTURED_DONE: Final = _word(STRUCTURED_REPLY_MAGIC, _DONE, int(ChunkType.NONE))
+_EXTENDED_DATA_LAST: Final = _word(EXTENDED_REPLY_MAGIC, _DONE, _DATA)
+_EXTENDED_DATA_MORE: Final = _word(EXTENDED_REPLY_MAGIC, 0, _DATA)
+_EXTENDED_DONE: Final = _word(EXTENDED_REPLY_MAGIC, _DONE, int(ChunkType.NONE))
 
 
 class Replies(abc.ABC):
@@ -105,16 +121,16 @@ class StructuredReplies(ChunkedReplies):
     """Chunks with headers of twenty bytes."""
 
     def data(self, cookie: int, offset: int, length: int) -> bytes:
-        return _STRUCTURED_DATA.pack(STRUCTURED_REPLY_MAGIC, _DONE, _DATA, cookie, length + 8, offset)
+        return _STRUCTURED_DATA.pack(_STRUCTURED_DATA_LAST, cookie, length + 8, offset)
 
     def done(self, cookie: int, offset: int) -> bytes:
-        return STRUCTURED_REPLY.pack(STRUCTURED_REPLY_MAGIC, _DONE, ChunkType.NONE, cookie, 0)
+        return _STRUCTURED_HEAD.pack(_STRUCTURED_DONE, cookie, 0)
 
     def error(self, cookie: int, offset: int, code: int, message: str) -> bytes:
         return self._chunk(_DONE, ChunkType.ERROR, cookie, encode_error(code, message))
 
     def data_chunk(self, cookie: int, offset: int, start: int, length: int) -> bytes:
-        return _STRUCTURED_DATA.pack(STRUCTURED_REPLY_MAGIC, 0, _DATA, cookie, length + 8, start)
+        return _STRUCTURED_DATA.pack(_STRUCTURED_DATA_MORE, cookie, length + 8, start)
 
     def hole_chunk(self, cookie: int, offset: int, start: int, length: int) -> bytes:
         return self._chunk(0, ChunkType.OFFSET_HOLE, cookie, encode_offset_hole(start, length))
@@ -132,18 +148,16 @@ class ExtendedReplies(ChunkedReplies):
     """Chunks with headers of 32 bytes and 64-bit lengths."""
 
     def data(self, cookie: int, offset: int, length: int) -> bytes:
-        return _EXTENDED_DATA.pack(EXTENDED_REPLY_MAGIC, _DONE, _DATA, cookie, offset, length + 8, offset)
+        return _EXTENDED_DATA.pack(_EXTENDED_DATA_LAST, cookie, offset, length + 8, offset)
 
     def done(self, cookie: int, offset: int) -> bytes:
-        return EXTENDED_REPLY.pack(EXTENDED_REPLY_MAGIC, _DONE, ChunkType.NONE, cookie, offset, 0)
+        return _EXTENDED_HEAD.pack(_EXTENDED_DONE, cookie, offset, 0)
 
     def error(self, cookie: int, offset: int, code: int, message: str) -> bytes:
         return self._chunk(_DONE, ChunkType.ERROR, cookie, offset, encode_error(code, message))
 
     def data_chunk(self, cookie: int, offset: int, start: int, length: int) -> bytes:
-        return _EXTENDED_DATA.pack(
-            EXTENDED_REPLY_MAGIC, 0, _DATA, cookie, offset, length + OFFSET.size, start
-        )
+        return _EXTENDED_DATA.pack(_EXTENDED_DATA_MORE, cookie, offset, length + OFFSET.size, start)
 
     def hole_chunk(self, cookie: int, offset: int, start: int, length: int) -> bytes:
         return self._chunk(0, ChunkType.OFFSET_HOLE, cookie, offset, encode_offset_hole(start, length))

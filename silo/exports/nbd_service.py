@@ -167,13 +167,15 @@ class NbdService:
     def _uncommon_nowait(self, request: Request, out: list[Buffer], misses: list[Request]) -> None:
         """Whatever is not a plain read or write: refuse it, do it at once, or put it among the misses."""
         command, flags, cookie, offset, length, payload = request
+        if command == _FLUSH and not (flags or offset or length):
+            return self._flush_nowait(cookie, offset, out, misses)
         refusal = self._refusal(request)
         if refusal is not None:
             out.append(self._error(request, *refusal))
         elif command == _BLOCK_STATUS:
             out.extend(self._status(request))
         elif command == _FLUSH:
-            misses.append(request)
+            self._flush_nowait(cookie, offset, out, misses)
         elif length == 0:
             out.append(self._replies.done(cookie, offset))
         elif command == _READ:
@@ -185,9 +187,16 @@ class NbdService:
         elif not self._modify_nowait(command, flags, offset, length, payload, out):
             misses.append(request)
         elif flags & _FUA:
-            misses.append((_FLUSH, 0, cookie, offset, 0, None))
+            self._flush_nowait(cookie, offset, out, misses)
         else:
             out.append(self._replies.done(cookie, offset))
+
+    def _flush_nowait(self, cookie: int, offset: int, out: list[Buffer], misses: list[Request]) -> None:
+        """Flush at once, which devices in memory can, or later: what was carried out before is covered either way."""
+        if self._volume.flush_nowait():
+            out.append(self._replies.done(cookie, offset))
+        else:
+            misses.append((_FLUSH, 0, cookie, offset, 0, None))
 
     def _read_nowait(self, flags: int, cookie: int, offset: int, length: int) -> list[Buffer] | None:
         """Answer a read, with holes where the style and the client allow them; ``None`` means wait."""

@@ -23,14 +23,13 @@ What a request *means* (is the extent inside, is the flag known) is the business
 from __future__ import annotations
 
 import enum
+import struct
 from typing import Final
 
 from silo.errors import LocalProtocolError, RemoteProtocolError
 from silo.exports.nbd_wire import (
-    EXTENDED_REQUEST,
     EXTENDED_REQUEST_MAGIC,
     PAYLOAD_SIZE_DEFAULT,
-    REQUEST,
     REQUEST_MAGIC,
     Command,
     CommandFlag,
@@ -64,6 +63,11 @@ _MOVE_MAX: Final = 4096
 _SPARE_MAX: Final = 4 << 20
 """A payload buffer up to this size is kept for the next large write; a larger one is given back."""
 
+_HEADER: Final = struct.Struct(">QQQI")
+"""A request: a word of magic number, flags and command, then cookie, offset, length. One comparison of the word
+recognises the plain read."""
+_EXTENDED_HEADER: Final = struct.Struct(">QQQQ")
+
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _DISC = int(Command.DISC)
@@ -94,9 +98,13 @@ class RequestParser:
     ) -> None:
         self.ended = False
         """The client has said goodbye (``DISC``); nothing that it may send afterwards is looked at."""
+        self.held = 0
+        """Bytes of memory that an incomplete payload occupies outside of the receive buffer."""
         self._extended = style is HeaderStyle.EXTENDED
-        self._header = EXTENDED_REQUEST if self._extended else REQUEST
+        self._header = _EXTENDED_HEADER if self._extended else _HEADER
         self._magic = EXTENDED_REQUEST_MAGIC if self._extended else REQUEST_MAGIC
+        self._plain_read = self._magic << 32 | _READ
+        self._plain_write = self._magic << 32 | (_PAYLOAD_LEN << 16 if self._extended else 0) | _WRITE
         self._payload_max = payload_max
         self._buffer = memoryview(bytearray(buffer_size))
         self._first = 0
@@ -110,19 +118,16 @@ class RequestParser:
         self._spare: memoryview | None = None
 
     @property
-    def held(self) -> int:
-        """Bytes of memory that an incomplete payload occupies outside of the receive buffer."""
-        return 0 if self._partial is None or self._partial[5] is None else self._partial[4]
-
-    @property
     def is_empty(self) -> bool:
         """Whether nothing is left of what was received."""
         return self._first == self._limit and self._partial is None
 
     @property
-    def expects_large(self) -> bool:
-        """Whether the rest of a large payload is on its way."""
-        return self._wanted > _IN_PLACE_MIN or self._partial is not None
+    def lacks(self) -> int:
+        """Bytes of a large payload that are still on their way; until they have come there is nothing to take."""
+        if self._partial is not None:
+            return self._missing
+        return max(0, self._first + self._wanted - self._limit) if self._wanted > _IN_PLACE_MIN else 0
 
     def prepend(self, data: bytes) -> None:
         """Bytes of the stream that the handshake received too much; before anything else, and few."""
@@ -189,22 +194,29 @@ class RequestParser:
         Stops when there is nothing more, the budget is spent, or a request turns out not to fit.
         """
         view, first, limit = self._buffer, self._first, self._limit
-        size, unpack, expected = self._header.size, self._header.unpack_from, self._magic
+        size, unpack = self._header.size, self._header.unpack_from
+        plain_read, plain_write = self._plain_read, self._plain_write
         extended, add = self._extended, requests.append
         self._wanted = 0
         while limit - first >= size and budget > 0:
-            magic, flags, command, cookie, offset, length = unpack(view, first)
-            if magic != expected:
-                self._lose_track(requests, f"a request starts with {magic:#x}")
-                break
-            if command == _READ and not flags:
+            word, cookie, offset, length = unpack(view, first)
+            if word == plain_read:
                 add((_READ, 0, cookie, offset, length, None))
                 first += size
                 budget -= length + REQUEST_COST
-            elif flags & _PAYLOAD_LEN if extended else command == _WRITE:
-                end = first + size + length
-                if extended and command == _WRITE:
+                continue
+            if word == plain_write:
+                command, flags, carries = _WRITE, 0, True
+            else:
+                flags, command = word >> 16 & 0xFFFF, word & 0xFFFF
+                carries = bool(flags & _PAYLOAD_LEN) if extended else command == _WRITE
+                if extended and carries and command == _WRITE:
                     flags ^= _PAYLOAD_LEN
+            if word >> 32 != self._magic:
+                self._lose_track(requests, f"a request starts with {word >> 32:#x}")
+                break
+            if carries:
+                end = first + size + length
                 if end > limit or length > self._payload_max:
                     first = self._wait_for(requests, first, (command, flags, cookie, offset, length, None))
                     break
@@ -243,6 +255,7 @@ class RequestParser:
             self._spare = memoryview(bytearray(length))
         payload = self._spare[:length]
         self._partial = (*request[:5], payload)
+        self.held = length
         there = self._limit - first - size
         payload[:there] = self._buffer[first + size : self._limit]
         self._missing -= there
@@ -260,6 +273,7 @@ class RequestParser:
         if self._missing:
             return None
         self._partial = None
+        self.held = 0
         if self._spare is not None and len(self._spare) > _SPARE_MAX:
             self._spare = None
         return request

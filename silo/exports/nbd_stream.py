@@ -37,7 +37,8 @@ class Stream:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
-        self._reading = False
+        self.is_reading = False
+        """Whether `resume` was called, and `pause` was not."""
         self._closed = False
         self._queue: list[Buffer] = []
         self.queued = 0
@@ -66,14 +67,14 @@ class Stream:
 
     def resume(self) -> None:
         """Want bytes."""
-        if not self._reading and not self._closed:
-            self._reading = True
+        if not self.is_reading and not self._closed:
+            self.is_reading = True
             self._loop.add_reader(self._sock, self._on_readable)
 
     def pause(self) -> None:
         """Want no bytes for now."""
-        if self._reading:
-            self._reading = False
+        if self.is_reading:
+            self.is_reading = False
             self._loop.remove_reader(self._sock)
 
     def receive_into(self, buffer: memoryview) -> int:

@@ -166,7 +166,7 @@ class TlsStream(Stream):
 
     def _read_again(self) -> None:
         self._again = None
-        if self._reading:
+        if self.is_reading:
             self._on_readable()
 
     def receive_into(self, buffer: memoryview) -> int:

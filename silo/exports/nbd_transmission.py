@@ -31,6 +31,7 @@ import attrs
 
 from silo.abc import Buffer
 from silo.errors import ClosedError, RemoteProtocolError
+from silo.eventloop import expects_soon
 from silo.exports.nbd_service import NbdService
 from silo.exports.nbd_session import REQUEST_COST, Request, RequestParser
 from silo.exports.nbd_stream import Stream
@@ -46,6 +47,9 @@ _TURN_MAX: Final = 512
 """How many requests one connection may have served before others get their turn: a few milliseconds."""
 _ASIDE_MAX: Final = 16 * 1024
 """Requests that may be put aside; a client that has sent more without listening is not waited for."""
+_SINGLES_MIN: Final = 4
+"""After so many turns with a single request we wait awake for the next. With more requests under way it would pay
+to sleep: they come together then, and are answered together."""
 _CHANGES: Final = frozenset((Command.WRITE, Command.TRIM, Command.WRITE_ZEROES))
 _SHUTTING_DOWN: Final = ClosedError("the server is shutting down")
 
@@ -116,6 +120,11 @@ class Transmission:
         self._charged = 0
         self._starved = False
         """Requests may have come that wait for room."""
+        self._plain_max = min(_TURN_MAX * REQUEST_COST, limits.held_bytes)
+        """Bytes of the batch that is taken without further ado; so it has at most `_TURN_MAX` requests, too."""
+        self._singles = 0
+        """Turns in a row that found one request: the client sends the next when it has the answer."""
+        self._expect_soon = expects_soon(asyncio.get_running_loop())
         self._input_ended = False
         self._draining = False
         self._finished = asyncio.Event()
@@ -198,10 +207,15 @@ class Transmission:
         served = 0
         for _ in range(_ROUNDS_MAX):
             received = 0 if self._starved else self._receive()
+            if received > 0 and self._parser.lacks > 0 and not self._draining:
+                continue  # for a part of a payload there is nothing to do
             now = self._advance()
             served += now
-            if received <= 0 or served > _TURN_MAX or not (now > 1 or self._parser.expects_large):
+            if received <= 0 or served > _TURN_MAX or not (now > 1 or self._parser.lacks > 0):
                 break
+        self._singles = self._singles + 1 if served <= 1 else 0
+        if self._singles > _SINGLES_MIN or self._parser.lacks > 0:
+            self._expect_soon()
 
     def _receive(self) -> int:
         """Receive once; how many bytes came. Notices when there will be no more."""
@@ -232,7 +246,10 @@ class Transmission:
         if self._finished.is_set():
             return 0
         try:
-            served = self._take_requests()
+            served, is_all = self._take_plain()
+            if is_all:
+                return served
+            served += self._take_requests()
         except Exception as error:  # as above; a callback that raises would be called again for ever
             self.abort(error)
             return 0
@@ -251,6 +268,27 @@ class Transmission:
         else:
             self._stream.resume()
         return served
+
+    def _take_plain(self) -> tuple[int, bool]:
+        """The common turn: nothing is under way, room is no question, and afterwards everything is as it was.
+
+        How many requests there were, and whether there is nothing else to do about them.
+        """
+        parser, stream = self._parser, self._stream
+        if (
+            self._flight
+            or self._charged
+            or self._aside
+            or self._input_ended
+            or self._draining
+            or not stream.is_reading
+            or self._budget.free < self._plain_max
+        ):
+            return 0, False
+        requests = parser.next_batch(self._plain_max)
+        if requests:
+            self._serve_batch(requests)
+        return len(requests), parser.is_empty and not (self._flight or stream.queued or parser.ended)
 
     def _take_requests(self) -> int:
         """Serve complete requests until there are none, or no room for what they ask. How many there were."""

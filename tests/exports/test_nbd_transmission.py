@@ -292,11 +292,45 @@ async def test_draining_finishes_what_is_in_flight_and_refuses_the_rest():
     assert bytes(await volume.read(CHUNK - 1, 2)) == b"x\0"
 
 
+async def test_a_client_that_asks_one_by_one_is_expected_to_go_on():
+    """After a few single requests the loop is told to wait awake, and no longer once several come together."""
+    running = Running(memory())
+    expected = 0
+
+    def expect_soon() -> None:
+        nonlocal expected
+        expected += 1
+
+    running.transmission._expect_soon = expect_soon
+    async with running as peer:
+        for cookie in range(10):
+            await peer.request(READ, 0, 1, cookie=cookie)
+            assert await peer.reply(1) == (cookie, 0, bytes(1))
+        assert expected == 10 - 4
+        await peer.send(b"".join(REQUEST.pack(REQUEST_MAGIC, 0, READ, cookie, 0, 1) for cookie in range(8)))
+        await peer.receive(8 * 17)
+        assert expected == 10 - 4
+
+
+async def test_the_rest_of_a_large_payload_is_expected():
+    """Until it has come there is nothing to do, and it is on its way."""
+    running = Running(memory(1 << 20))
+    told = asyncio.Event()
+    running.transmission._expect_soon = told.set
+    payload = bytes(range(256)) * 1024
+    message = REQUEST.pack(REQUEST_MAGIC, 0, WRITE, 7, 0, len(payload)) + payload
+    async with running as peer:
+        await peer.send(message[:100_000])
+        await condition(told.is_set)
+        await peer.send(message[100_000:])
+        assert await peer.reply() == (7, 0, b"")
+
+
 async def test_draining_an_idle_connection_answers_what_had_arrived():
     """Bytes that wait in the socket are not dropped without a word."""
     running = Running(memory())
     async with running as peer:
-        await condition(lambda: running.transmission._stream._reading)
+        await condition(lambda: running.transmission._stream.is_reading)
         await peer.request(READ, 0, 1, cookie=5)
         running.transmission.drain()
         assert await peer.reply() == (5, NbdError.ESHUTDOWN, b"")
@@ -325,7 +359,7 @@ async def test_settling_serves_what_had_arrived_and_waits_for_its_changes():
     _, volume = make_volume(device)
     running = Running(volume)
     async with running as peer, asyncio.TaskGroup() as tasks:
-        await condition(lambda: running.transmission._stream._reading)
+        await condition(lambda: running.transmission._stream.is_reading)
         for cookie in range(3):
             await peer.request(WRITE, cookie * CHUNK, payload=b"x" * CHUNK, cookie=cookie)
         settled = tasks.create_task(running.transmission.settle())
