@@ -22,16 +22,18 @@ from silo.config import GroupConfig, ServeConfig
 from silo.control import ControlServer, Result
 from silo.devices.file import FileDevice
 from silo.devices.overlay_open import open_overlay
-from silo.errors import FencedError, InvalidRequestError, SiloError
+from silo.errors import FencedError, InvalidRequestError, SiloError, UnavailableError
 from silo.exports.nbd_tls import NbdTls
 from silo.files import lock_exclusive, os_error
 from silo.hooks.command import CommandWorkload
 from silo.host import Host
 from silo.hosted import HostedGroup
+from silo.moving import Move
 from silo.opening import VolumeSpec
-from silo.p2p.settings import MigrationSettings
+from silo.p2p.settings import MigrationPolicy, MigrationSettings
 from silo.p2p.tls import HostTls
 from silo.p2p.transport import PlainTransport
+from silo.resuming import stored_head
 from silo.sync.settings import SyncSettings
 from silo.threads import run_to_completion
 
@@ -115,9 +117,11 @@ class _Daemon:
 
     async def open_groups(self, *, host_is_dead: bool, after_lease: bool) -> None:
         for name in await self._host.known_groups():
-            if name not in self._config.groups:
+            if name not in self._config.groups and not await self._is_asleep(name):
                 await self._reopen_arrived(name)
         for name, settings in self._config.groups.items():
+            if await self._is_asleep(name):
+                continue
             hosted = await self._host.open_group(
                 name,
                 await _specs(name, settings),
@@ -128,6 +132,50 @@ class _Daemon:
                 after_lease=after_lease,
             )
             await self.export(hosted)
+
+    async def _is_asleep(self, name: str) -> bool:
+        """A hibernated group is not opened by a start, because it may be about to wake somewhere else; but a
+        resumption that was begun here is brought to its end."""
+        if await self._host.is_waking(name):
+            await self._resume(name, host_is_dead=False)
+            return True
+        if not self._config.store:
+            return False
+        try:
+            head = await stored_head(self._config.store, name, self._host.clock)
+        except UnavailableError:
+            return False  # whoever opens it has more patience, or says it better
+        if head is None or not head.is_hibernated:
+            return False
+        logger.warning("group %s is hibernated, and not opened: `silo resume %s` wakes it", name, name)
+        return True
+
+    async def _resume(self, name: str, *, host_is_dead: bool) -> HostedGroup:
+        if not self._config.store:
+            raise InvalidRequestError("this daemon has no store in which a group could be hibernated")
+        if name in self._host.groups:
+            raise InvalidRequestError(f"group {name} is open here already")
+        head = await stored_head(self._config.store, name, self._host.clock)
+        if head is None:
+            raise InvalidRequestError(f"the store has no group {name}")
+        settings, urls = self._config.groups.get(name), self._config.listen_urls(name)
+        if settings is not None:
+            devices: Mapping[str, BlockDevice | VolumeSpec] = await _specs(name, settings)
+        else:
+            devices = await self._fresh_devices(name, {volume.name: volume.size for volume in head.volumes})
+        hosted = await self._host.resume_group(
+            name,
+            devices,
+            store=self._config.store,
+            sync=self._sync_settings(),
+            workload=self._workload(settings),
+            host_is_dead=host_is_dead,
+            export=urls[0] if urls else None,
+            tls=self._tls_at(urls[0]) if urls else None,
+        )
+        for url in urls[1:]:
+            await self._host.export(hosted, url, tls=self._tls_at(url))
+        return hosted
 
     async def _reopen_arrived(self, name: str) -> None:
         """A group that arrived here earlier, and is in no configuration: its disks are where arrivals are put."""
@@ -188,14 +236,18 @@ class _Daemon:
     async def _devices_for(self, offer: Arrival) -> Mapping[str, BlockDevice | VolumeSpec]:
         """The disks that the configuration has for the group, because the next start will look for it there; else new
         ones among the arrivals."""
-        known = await self._host.known_volumes(offer.group)
         if (settings := self._config.groups.get(offer.group)) is not None:
             return await _specs(offer.group, settings)
+        sizes = {name: geometry.size for name, geometry in offer.volumes.items()}
+        return await self._fresh_devices(offer.group, sizes)
+
+    async def _fresh_devices(self, group: str, sizes: Mapping[str, int]) -> Mapping[str, BlockDevice]:
+        """Disks among the arrivals; all or none are open afterwards."""
+        known = await self._host.known_volumes(group)
         devices: dict[str, BlockDevice] = {}
         try:
-            for name, geometry in offer.volumes.items():
-                path = self._incoming(offer.group, name)
-                devices[name] = _fresh_device(path, geometry.size, may_replace=not known)
+            for name, size in sizes.items():
+                devices[name] = _fresh_device(self._incoming(group, name), size, may_replace=not known)
         except BaseException:
             for device in devices.values():
                 await device.aclose()
@@ -238,6 +290,8 @@ class _Daemon:
             "sync": self.sync,
             "wait": self.wait,
             "migrate": self.migrate,
+            "hibernate": self.hibernate,
+            "resume": self.resume,
         }
 
     def _group(self, name: str) -> HostedGroup:
@@ -258,15 +312,38 @@ class _Daemon:
     async def sync(self, group: str) -> AsyncIterator[Any]:
         yield Result({"generation": await self._group(group).sync_now()})
 
-    async def migrate(self, group: str, to: str, deadline_s: float | None = None) -> AsyncIterator[Any]:
+    async def migrate(
+        self,
+        group: str,
+        to: str,
+        deadline_s: float | None = None,
+        durable: bool = False,
+        evacuate: bool = True,
+        throttle: bool = True,
+    ) -> AsyncIterator[Any]:
         """Every event, then the report. A caller that leaves aborts it while the guest was not stopped."""
-        hosted = self._group(group)
-        deadline = None if deadline_s is None else self._host.clock.monotonic() + float(deadline_s)
-        async with hosted.migrate(to, deadline=deadline) as move:
-            async for event in move.events():
-                yield event.as_dict()
-            report = await move.wait_released()
-        yield Result(report.as_dict())
+        policy = MigrationPolicy(durable_before_switch=durable, evacuate=evacuate, throttle=throttle)
+        move = self._group(group).migrate(to, deadline=self._deadline(deadline_s), policy=policy)
+        async for line in _follow(move):
+            yield line
+
+    async def hibernate(
+        self, group: str, deadline_s: float | None = None, throttle: bool = True
+    ) -> AsyncIterator[Any]:
+        """As `migrate`, to the store."""
+        policy = MigrationPolicy(throttle=throttle)
+        move = self._group(group).hibernate(deadline=self._deadline(deadline_s), policy=policy)
+        async for line in _follow(move):
+            yield line
+
+    def _deadline(self, left_s: float | None) -> float | None:
+        return None if left_s is None else self._host.clock.monotonic() + left_s
+
+    async def resume(self, group: str, host_is_dead: bool = False) -> AsyncIterator[Any]:
+        """Wake a group that is hibernated in our store."""
+        hosted = await self._resume(group, host_is_dead=host_is_dead)
+        volumes = hosted.status()["volumes"]
+        yield Result({"group": group, "uris": [uri for volume in volumes for uri in volume["uris"]]})
 
     async def wait(self, group: str, timeout_s: float) -> AsyncIterator[Any]:
         """Until the group is hydrated, or for so long."""
@@ -275,6 +352,14 @@ class _Daemon:
             async with asyncio.timeout(min(float(timeout_s), 3600.0)):
                 await hosted.wait_hydrated()
         yield Result({"hydrated": hosted.is_hydrated})
+
+
+async def _follow(move: Move) -> AsyncIterator[Any]:
+    async with move:
+        async for event in move.events():
+            yield event.as_dict()
+        report = await move.wait_released()
+    yield Result(report.as_dict())
 
 
 async def _spec(group: str, name: str, settings: GroupConfig) -> VolumeSpec:

@@ -134,6 +134,8 @@ class Progress(MigrationEvent):
     """Content that would be lost with the source now, because only the source has it."""
     remaining_bytes: int
     """Content that is still to be sent in this phase, as far as is known."""
+    bytes_stored: int = 0
+    """Content that was uploaded to the store on the way, as it is there: compressed."""
     eta_s: float | None
     """Seconds until nothing remains at this rate; ``None`` when that is not known."""
 
@@ -195,6 +197,8 @@ class MigrationReport:
     """Content that went over the link, both lanes."""
     bytes_store: int = 0
     """Content that the target had pulled from the store when it was evacuated."""
+    bytes_stored: int = 0
+    """What a group that went to the store has uploaded on its way."""
     downtime_ms: float | None = None
     """By the source's clock, from before `Workload.suspend` until TAKEN arrived, without the workload's own hooks."""
     workload_ms: float | None = None

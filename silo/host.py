@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+import attrs
+
 from silo.abc import BlockDevice, Clock, ObjectStore, Transport, Workload
 from silo.arriving import Arrival, prepare_arrival
 from silo.clock import SystemClock
@@ -48,6 +50,7 @@ from silo.p2p.target import TargetMigration
 from silo.p2p.tls import HostTls
 from silo.p2p.tls_transport import TlsTransport
 from silo.p2p.transport import PlainTransport
+from silo.resuming import RESUME_RECORD, begin_resumption, refuse_hibernated
 from silo.statedir import GroupState, StateDir
 from silo.storelink import StoreLink
 from silo.sync.settings import FetchSettings, SyncSettings
@@ -58,6 +61,21 @@ __all__ = ["Host"]
 T = TypeVar("T")
 
 HEAT_INTERVAL_S = 1.0
+
+
+@attrs.frozen
+class _Opening:
+    """How a group is to be opened, see `Host.open_group` and `Host.resume_group`."""
+
+    store: str | ObjectStore | None
+    sync: SyncSettings | None
+    fetch: FetchSettings | None
+    workload: Workload | None
+    copies: CopyLimits | None
+    host_is_dead: bool = False
+    after_lease: bool = False
+    cold: bool = False
+    resumes: bool = False
 
 
 class Host:
@@ -185,6 +203,7 @@ class Host:
         copies: CopyLimits | None = None,
         host_is_dead: bool = False,
         after_lease: bool = False,
+        cold: bool = False,
     ) -> HostedGroup:
         """Become the owner of a group and serve it from these devices, which are the host's from now on.
 
@@ -192,18 +211,65 @@ class Host:
         chunks come from the store when they are read, and in the background. ``host_is_dead`` takes a group whose
         last owner did not let go; the caller asserts that no other host serves it any more. ``after_lease`` does it
         without an assertion, when that owner had a lease (`SyncSettings.lease_s`): after waiting until it has ended.
+        A hibernated group is refused, because it has more than its disks (`resume_group`), unless that shall be
+        given up: ``cold``.
 
         `FencedError` when another host owns it, `InvalidRequestError` when it must not be opened like this,
         `UnavailableError` when the store does not answer. Then, and after a cancellation, the devices are closed
         and nothing is left but perhaps a claim, which this host can repeat.
         """
-        specs = _specs(devices)
+        how = _Opening(
+            store,
+            sync,
+            fetch,
+            workload,
+            copies,
+            host_is_dead=host_is_dead,
+            after_lease=after_lease,
+            cold=cold,
+        )
+        return await self._open_or_close(name, _specs(devices), how)
+
+    async def resume_group(
+        self,
+        name: str,
+        devices: Mapping[str, BlockDevice | VolumeSpec],
+        *,
+        store: str | ObjectStore,
+        sync: SyncSettings | None = None,
+        fetch: FetchSettings | None = None,
+        workload: Workload | None = None,
+        copies: CopyLimits | None = None,
+        host_is_dead: bool = False,
+        export: str | None = None,
+        tls: NbdTls | None = None,
+    ) -> HostedGroup:
+        """Wake a hibernated group here, onto these devices; what they hold gives way. Returns when its workload runs;
+        content comes from the store when it is read, and in the background.
+
+        ``export`` serves it over NBD at this address (with ``tls`` as in `export`), before the workload is told to
+        resume. ``host_is_dead`` takes the group from a host that died while it resumed it. When this raises or is
+        cancelled the group is hibernated as before, or, when that could not be said to the store, this call can be
+        repeated here. Raises as `open_group`, and `InvalidRequestError` when the group is not hibernated.
+        """
+        specs = {volume: attrs.evolve(spec, overwrite=True) for volume, spec in _specs(devices).items()}
+        how = _Opening(store, sync, fetch, workload, copies, host_is_dead=host_is_dead, resumes=True)
+        hosted = await self._open_or_close(name, specs, how)
+        try:
+            if export is not None:
+                await self.export(hosted, export, tls=tls)
+            await hosted.wake()
+        except BaseException:
+            await hosted.give_back()
+            raise
+        return hosted
+
+    async def _open_or_close(self, name: str, specs: Mapping[str, VolumeSpec], how: _Opening) -> HostedGroup:
+        """The group, open and known; or its devices are closed."""
         try:
             if not specs:
                 raise InvalidRequestError(f"group {name} needs at least one volume")
-            hosted = await self._open(
-                name, specs, store, sync, fetch, workload, copies, host_is_dead, after_lease
-            )
+            hosted = await self._open(name, specs, how)
         except BaseException:
             for spec in specs.values():
                 await spec.device.aclose()
@@ -211,33 +277,28 @@ class Host:
         self.groups[name] = hosted
         return hosted
 
-    async def _open(
-        self,
-        name: str,
-        specs: Mapping[str, VolumeSpec],
-        store: str | ObjectStore | None,
-        sync: SyncSettings | None,
-        fetch: FetchSettings | None,
-        workload: Workload | None,
-        copies: CopyLimits | None,
-        host_is_dead: bool,
-        after_lease: bool,
-    ) -> HostedGroup:
+    async def _open(self, name: str, specs: Mapping[str, VolumeSpec], how: _Opening) -> HostedGroup:
         state = await self._open_state(name)
         link: StoreLink | None = None
         try:
-            link = await self._open_link(state, store, sync, fetch)
+            link = await self._open_link(state, how.store, how.sync, how.fetch)
             left = await read_unfinished(state)
-            group = Group(name, self.clock, is_open=not left.is_undecided, copies=self._room(copies))
+            waking = await begin_resumption(state, link) if how.resumes else None
+            if waking is None:
+                await refuse_hibernated(state, link, cold=how.cold)
+            group = Group(name, self.clock, is_open=not left.is_undecided, copies=self._room(how.copies))
             if left.is_undecided:
                 await reopen_volumes(group, state, link, specs)
             else:
                 arrived = left.handover is not None
                 head = await claim_group(
-                    state, link, specs, force=host_is_dead, after_lease=after_lease, arrived=arrived
+                    state, link, specs, force=how.host_is_dead, after_lease=how.after_lease, arrived=arrived
                 )
+                if waking is not None:
+                    waking.check(head)
                 await open_volumes(group, state, link, head, specs)
-            hosted = self._hosted(group, state, link, workload)
+            hosted = self._hosted(group, state, link, how.workload)
+            hosted.waking = waking
             if not left.is_undecided:
                 await hosted.start()
             if left.offer is not None:
@@ -370,6 +431,10 @@ class Host:
 
     def _running_exporter(self) -> Exporter:
         return _running(self._exporter)
+
+    async def is_waking(self, name: str) -> bool:
+        """Whether a resumption of the group began here, and its end was not seen: then it must be resumed again."""
+        return await self._running_state().has_record(name, RESUME_RECORD)
 
     async def known_groups(self) -> list[str]:
         """The groups of which the state directory knows something, open or not."""

@@ -13,14 +13,13 @@ import math
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, cast
 
-import numpy as np
-
 from silo.abc import Role
-from silo.chunkmap import RESIDENCY_MASK, SYNC_DIRTY, SYNC_IN_CUT, Residency
+from silo.chunkmap import Residency
 from silo.errors import (
     ClosedError,
     FencedError,
     InvalidRequestError,
+    InvariantError,
     MigrationAborted,
     SiloError,
     UnavailableError,
@@ -31,6 +30,7 @@ from silo.group import Group
 from silo.hooks.observers import Observer
 from silo.hooks.runner import WorkloadRunner
 from silo.hydrator import Hydrator
+from silo.leaving import Hibernation, joined
 from silo.moving import EventLog, Move
 from silo.opening import remember_generation, remember_taken
 from silo.p2p.handover import SourceState
@@ -39,8 +39,11 @@ from silo.p2p.records import OFFER_RECORD
 from silo.p2p.settings import MigrationPolicy
 from silo.p2p.source import SourceMigration
 from silo.p2p.target import TargetMigration
+from silo.resuming import RESUME_RECORD, Resumption
+from silo.seeing import heat_of, seen_phase, sync_status, volume_status
 from silo.statedir import GroupState
 from silo.storelink import StoreLink
+from silo.sync.head import PartRef
 from silo.volume import Volume
 
 __all__ = ["HostedGroup"]
@@ -51,6 +54,8 @@ START_DELAY_MIN_S = 0.2
 START_DELAY_MAX_S = 10.0
 ARRIVAL_PATIENCE_S = 30.0
 """What closing gives a migration to here: a host that was told to stop is often about to vanish."""
+GIVE_BACK_S = 20.0
+"""To saying in the store that a resumption has failed."""
 COURTESY_S = 2.0
 """And to telling a source, which may be gone for ever, that it is not needed any more."""
 
@@ -78,6 +83,8 @@ class HostedGroup:
         self.phase = "opening"
         """What the group is doing here, in a word, for people."""
         self.hydrator = Hydrator(group, site.clock)
+        self.waking: Resumption | None = None
+        """It was hibernated, and its workload does not run yet."""
         self.move: Move | None = None
         """The migration away from here, the latest one."""
         self.arrival: EventLog | None = None
@@ -188,25 +195,74 @@ class HostedGroup:
     ) -> Move:
         """Move the group to the host that listens at ``to``: ``tcp:host:port`` or ``unix:/path``.
 
-        Use as ``async with group.migrate(...) as move``. ``deadline`` is `Clock.monotonic` time: a switchover that is
-        not done by then is given up. ``observers`` get every event, and may object until the guest is stopped.
-        `InvalidRequestError` when the group is moving already, or is not running here.
+        Use as ``async with group.migrate(...) as move``. ``deadline`` is `Clock.monotonic` time: when this host goes
+        away. Nothing shall be needed from here by then (`silo.p2p.budget`), and without a target in time the group goes
+        to the store, unless ``policy`` says otherwise. ``observers`` get every event, and may object until the guest
+        is stopped. `InvalidRequestError` when the group is moving already, or is not running here.
         """
-        if self.phase != "running":
-            raise InvalidRequestError(
-                f"group {self.name} cannot move now: it is {self.phase}", hint="see `silo status`"
-            )
+        self._check_may_leave()
         log = EventLog(self.name, self._clock, observers)
         migration = SourceMigration(
+            self.group, to, self._site, self._plugs(Role.SOURCE, log, deadline), deadline=deadline, policy=policy
+        )  # fmt: skip
+        policy = policy or MigrationPolicy()
+        evacuation = None
+        if deadline is not None and policy.evacuate and self.link is not None:
+            evacuation = self._hibernation(self.link, log, deadline, policy)
+        self.move = Move(log, lambda: self._leave(migration, log, evacuation), self._tasks.create_task)
+        return self.move
+
+    def hibernate(
+        self,
+        *,
+        deadline: float | None = None,
+        policy: MigrationPolicy | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> Move:
+        """Stop the group and leave it in the store, with the state of its workload: `silo.leaving`.
+
+        Use as `migrate`; `Move.wait_released` returns when the group is whole in the store. Any host may resume it
+        (`silo.Host.resume_group`). ``deadline`` as in `migrate`; what is not stored by then stays here, and its guest
+        runs on. `InvalidRequestError` without a store, or when the group is not running here.
+        """
+        self._check_may_leave()
+        if self.link is None:
+            raise InvalidRequestError(f"group {self.name} has no store", hint="open it with a store")
+        log = EventLog(self.name, self._clock, observers)
+        make = self._hibernation(self.link, log, deadline, policy)
+        self.move = Move(log, lambda: self._hibernate(make()), self._tasks.create_task)
+        return self.move
+
+    def _check_may_leave(self) -> None:
+        if self.phase != "running":
+            why = f"it is {self.phase}"
+            if self.phase == "running, not evacuated":
+                why = "the host that it came from still has chunks that are nowhere else"
+            raise InvalidRequestError(
+                f"group {self.name} cannot move now: {why}", hint="see `silo status`, and try again later"
+            )
+
+    def _hibernation(
+        self, link: StoreLink, log: EventLog, deadline: float | None, policy: MigrationPolicy | None
+    ) -> Callable[[], Hibernation]:
+        return lambda: Hibernation(
             self.group,
-            to,
+            link,
             self._site,
             self._plugs(Role.SOURCE, log, deadline),
             deadline=deadline,
             policy=policy,
+            release=lambda part: self.close(resume=part),
         )
-        self.move = Move(log, lambda: self._leave(migration), self._tasks.create_task)
-        return self.move
+
+    async def _hibernate(self, hibernation: Hibernation) -> MigrationReport:
+        """To the store, until this host is not needed any more, or the group runs on."""
+        self.phase = "hibernating"
+        try:
+            return await hibernation.run()
+        finally:
+            if not hibernation.is_over:
+                self.phase = "running"
 
     def _plugs(self, role: Role, log: EventLog, deadline: float | None = None) -> Plugs:
         runner = self.runner.for_migration(role, deadline=math.inf if deadline is None else deadline)
@@ -223,11 +279,17 @@ class HostedGroup:
         """After a restart: a migration away from here was past its offer."""
         log = EventLog(self.name, self._clock)
         migration = SourceMigration.restore(self.group, record, self._site, self._plugs(Role.SOURCE, log))
-        self.move = Move(log, lambda: self._leave(migration), self._tasks.create_task)
+        self.move = Move(log, lambda: self._leave(migration, log), self._tasks.create_task)
         self.move.begin()
 
-    async def _leave(self, migration: SourceMigration) -> MigrationReport:
-        """One migration away from here, until this host is not needed any more, or the group is back."""
+    async def _leave(
+        self,
+        migration: SourceMigration,
+        log: EventLog,
+        evacuation: Callable[[], Hibernation] | None = None,
+    ) -> MigrationReport:
+        """One migration away from here, until this host is not needed any more, or the group is back; or, when it came
+        to nothing and nobody wanted that, an ``evacuation``."""
         self.phase = "moving away"
         try:
             report = await migration.run()
@@ -239,6 +301,9 @@ class HostedGroup:
         except SiloError as error:
             if migration.state is SourceState.ABORTED:
                 await self._start_patiently()
+                is_mistake = isinstance(error.__cause__, InvalidRequestError)
+                if evacuation is not None and not (is_mistake or log.has_objections):
+                    return joined(migration.report, await self._hibernate(evacuation()))
             else:
                 self._settle("fenced" if isinstance(error, FencedError) else "in doubt", error)
             raise
@@ -300,6 +365,37 @@ class HostedGroup:
                 self.phase = phase
                 return
 
+    # ---- waking -------------------------------------------------------------------------------------------
+
+    async def wake(self) -> None:
+        """After the opening of a hibernated group: let its workload go on, and commits begin. See `silo.resuming`."""
+        if self.waking is None or self.link is None:
+            raise InvariantError(f"group {self.name} was to be woken, and has no state to wake from")
+        if not self.group.exposed_bytes:
+            runner = self.runner.for_migration(Role.TARGET)
+            await runner.prepare()
+            await runner.resume(self.waking.state)
+            await runner.unquiesce()
+        self.waking = None
+        await self.link.release_commits()
+        try:
+            await self.state.delete_record(RESUME_RECORD)
+        except SiloError as error:
+            logger.warning("group %s: a record of its resumption stays: %s", self.name, error)
+
+    async def give_back(self) -> None:
+        """Undo a resumption that failed: the group is hibernated as before. Nothing to do when it has succeeded after
+        all. Without the store, or while the workload may yet run, the group stays ours, to be resumed here again."""
+        if self.waking is None:
+            return
+        try:
+            await self.runner.for_migration(Role.TARGET).fence()
+            async with asyncio.timeout(GIVE_BACK_S):
+                await self.close(drain=False, resume=self.waking.part)
+        except (SiloError, TimeoutError) as error:
+            logger.warning("group %s could not be given back: %s", self.name, error)
+            await self.close(drain=False)
+
     # ---- seeing -------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
@@ -307,57 +403,22 @@ class HostedGroup:
         sync = self.link.status if self.link is not None else None
         return {
             "name": self.name,
-            "state": self._seen_phase,
+            "state": seen_phase(self.group, self.phase),
             "epoch": sync.epoch if sync else None,
             "hydrated": self.is_hydrated,
             "hydration_error": self.hydrator.error,
             "exposed_bytes": self.group.exposed_bytes,
             "migration": self.move.phase.value if self.move and self.move.phase else None,
             "bytes_store": self.link.fetched_bytes if self.link else 0,
-            "volumes": [self._volume_status(volume) for volume in self.volumes.values()],
-            "sync": sync
-            and {
-                "phase": sync.phase.value,
-                "generation": sync.generation,
-                "cut_time": sync.cut_time,
-                "rpo_s": sync.rpo_s if sync.generation else None,
-                "holds": list(sync.holds),
-                "last_error": sync.error,
-                "attempts": sync.attempts,
-                "cuts": sync.cuts,
-                "abandoned_cuts": sync.abandoned_cuts,
-                "sent_bytes": sync.sent_bytes,
-                "sent_objects": sync.sent_objects,
-            },
-        }
-
-    @property
-    def _seen_phase(self) -> str:
-        """The phase, or what keeps the guest from its disks meanwhile."""
-        gate = self.group.gate
-        if isinstance(gate.error, FencedError):
-            return "fenced"
-        return self.phase if gate.is_open or gate.is_closed or gate.error else "waiting for its lease"
-
-    def _volume_status(self, volume: Volume) -> dict[str, Any]:
-        counts = volume.chunks.count_residency()
-        chunk_size = volume.geometry.chunk_size
-        return {
-            "name": volume.name,
-            "size": volume.geometry.size,
-            "chunk_size": chunk_size,
-            "read_only": volume.read_only,
-            "present": counts[Residency.PRESENT] * chunk_size,
-            "zero": (counts[Residency.ZERO] + counts[Residency.ZERO_UNPUNCHED]) * chunk_size,
-            "absent_store": counts[Residency.ABSENT_STORE] * chunk_size,
-            "absent_peer": counts[Residency.ABSENT_PEER] * chunk_size,
-            "dirty": volume.chunks.count_dirty(SYNC_DIRTY | SYNC_IN_CUT) * chunk_size,
-            "uris": self._exporter.uris(self.name, volume.name),
+            "volumes": [
+                volume_status(v, self._exporter.uris(self.name, v.name)) for v in self.volumes.values()
+            ],
+            "sync": sync and sync_status(sync),
         }
 
     def heat(self, cells: int) -> list[dict[str, Any]]:
         """The heat of each volume in at most ``cells`` runs of chunks, relative to the hottest of them."""
-        return [_heat_of(volume, cells) for volume in self.volumes.values()]
+        return [heat_of(volume, cells) for volume in self.volumes.values()]
 
     # ---- the end ------------------------------------------------------------------------------------------
 
@@ -381,10 +442,11 @@ class HostedGroup:
                     await self._migration.wait_evacuated()
             await asyncio.wait((task,), timeout=COURTESY_S)
 
-    async def close(self, *, drain: bool = True, forget: bool = False) -> None:
+    async def close(self, *, drain: bool = True, forget: bool = False, resume: PartRef | None = None) -> None:
         """Stop serving; store what is not stored (unless told not to); make the rest durable here.
 
         ``forget``: the group has moved away for good, so nothing is stored, and nothing is remembered of it.
+        ``resume``: it hibernates, with this state of its workload.
 
         `UnavailableError` with the number of exposed bytes when the store could not be brought up to date;
         everything is closed all the same, and the local disk has it. Twice is harmless; a call that was cancelled
@@ -396,11 +458,11 @@ class HostedGroup:
         async with self._closing:
             if self.phase != "closed":
                 # Between claim and evacuation nothing may be committed; what is here goes on after the next start.
-                drain = drain and self.phase == "running"
+                drain = drain and self.phase in ("running", "hibernating")
                 self.phase = "closing"
-                await self._close(drain=drain)
+                await self._close(drain=drain, resume=resume)
 
-    async def _close(self, *, drain: bool) -> None:
+    async def _close(self, *, drain: bool, resume: PartRef | None) -> None:
         errors: list[SiloError] = []
         for task in list(self._background):
             task.cancel()
@@ -410,8 +472,8 @@ class HostedGroup:
         await self.group.gate.close_and_drain()
         lost = self._forgets or self.group.gate.error is not None
         if self.link is not None:
-            await _collect(errors, self.link.close(drain=drain and not lost))
-        if self._forgets:
+            await _collect(errors, self.link.close(drain=drain and not lost, resume=resume))
+        if self._forgets or (resume is not None and not errors):
             await _collect(errors, self.state.forget(last=OFFER_RECORD))
         elif not lost:
             await _collect(errors, self.group.checkpoint())
@@ -434,25 +496,3 @@ async def _collect(errors: list[SiloError], step: Awaitable[None]) -> None:
         await step
     except SiloError as error:
         errors.append(error)
-
-
-def _heat_of(volume: Volume, cells: int) -> dict[str, Any]:
-    count = volume.chunks.count
-    per_cell = -(-count // max(1, cells))
-    starts = np.arange(0, count, per_cell)
-    reads = np.add.reduceat(volume.heat.read_heat(), starts)
-    writes = np.add.reduceat(volume.heat.write_heat(), starts)
-    commonest = [
-        Residency(
-            int(np.bincount(volume.chunks.view[start : start + per_cell] & RESIDENCY_MASK).argmax())
-        ).name
-        for start in starts.tolist()
-    ]
-    return {
-        "name": volume.name,
-        "chunk_size": volume.geometry.chunk_size,
-        "chunks_per_cell": per_cell,
-        "reads": (reads / max(float(reads.max()), 1e-9)).round(4).tolist(),
-        "writes": (writes / max(float(writes.max()), 1e-9)).round(4).tolist(),
-        "residency": commonest,
-    }

@@ -43,10 +43,17 @@ class EventLog:
         self._readers: list[deque[MigrationEvent]] = []
         self._more = asyncio.Event()
         self._ended = False
+        self._last: PhaseEntered | None = None
+        self.has_objections = False
+        """An observer, or whoever asked for the migration, does not want it any more."""
         self._abort: MigrationAborted | None = None
 
     def emit(self, event: MigrationEvent) -> None:
-        """Take an event, as ``silo.p2p.ports.Emit``."""
+        """Take an event, as ``silo.p2p.ports.Emit``. The one that says that it has ended is kept back until `end`,
+        because a migration may yet go on to the store."""
+        if isinstance(event, PhaseEntered) and event.phase is Phase.ENDED:
+            self._last = event
+            return
         self._keep(event)
         self._observers.emit(event)
 
@@ -63,14 +70,23 @@ class EventLog:
 
     async def consent(self, event: MigrationEvent) -> None:
         """Ask the observers, as ``silo.p2p.ports.Consent``; they are told of the event by that."""
+        self.raise_objection()
+        self._keep(event)
+        try:
+            await self._observers.consent(event)
+        except SiloError:
+            self.has_objections = True
+            raise
+
+    def raise_objection(self) -> None:
+        """Raise what `object` was given, if it was."""
         if self._abort is not None:
             raise self._abort
-        self._keep(event)
-        await self._observers.consent(event)
 
     def object(self, error: MigrationAborted) -> None:
         """Raise this at the next question."""
         self._abort = error
+        self.has_objections = True
 
     async def deliver(self) -> None:
         """Bring events to the observers until cancelled."""
@@ -78,6 +94,9 @@ class EventLog:
 
     async def end(self) -> None:
         """There will be no more events; the observers get what they have not seen."""
+        if self._last is not None:
+            self._keep(self._last)
+            self._observers.emit(self._last)
         self._ended = True
         self._wake()
         await self._observers.drain()
@@ -118,6 +137,7 @@ class Move:
         self._report: MigrationReport | None = None
         self._error: SiloError | None = None
         self._is_undone = False
+        self._has_begun = False
 
     def begin(self) -> None:
         """Start the migration. Once."""
@@ -126,7 +146,9 @@ class Move:
     async def _live(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             delivery = tasks.create_task(self._log.deliver())
+            self._has_begun = True
             try:
+                self._log.raise_objection()
                 self._report = await self._run()
             except SiloError as error:
                 self._error = error
@@ -161,7 +183,8 @@ class Move:
     def abort(self, reason: str) -> None:
         """End the migration if the guest was not stopped yet; harmless later. Returns at once, see `wait_ended`."""
         self._log.object(MigrationAborted(reason))
-        if self._task is not None and self._log.phase in UNDOABLE and not self._is_undone:
+        # A task that was not begun would never begin: it is for itself to see the objection.
+        if self._task is not None and self._has_begun and self._log.phase in UNDOABLE and not self._is_undone:
             self._is_undone = True  # a second cancellation would stop what undoes it
             self._task.cancel()
 

@@ -24,7 +24,7 @@ from silo.group import Group
 from silo.p2p.terms import Standing, Terms, Verdict
 from silo.sync.caretaker import Caretaker
 from silo.sync.claim import Expectation, Owner
-from silo.sync.head import Head, VolumeInfo
+from silo.sync.head import Head, PartRef, VolumeInfo
 from silo.sync.hotlist import parse_hot
 from silo.sync.lease_keeper import LeaseKeeper
 from silo.sync.manifest import Manifest
@@ -32,6 +32,7 @@ from silo.sync.probe import probe_store
 from silo.sync.reader import StoreReader
 from silo.sync.register import Prepare, Register
 from silo.sync.restore import mark_absent
+from silo.sync.savedstate import read_state
 from silo.sync.settings import FetchSettings, SyncSettings
 from silo.sync.status import SyncPhase, SyncStatus
 from silo.sync.store_source import StoreSource
@@ -221,16 +222,38 @@ class StoreLink:
         if early is not None:
             early.close()
 
-    async def close(self, *, drain: bool = True, release: bool = True) -> None:
-        """Store what is dirty and let go, as `Syncer.close`; then give everything back. Twice is harmless."""
+    async def save_state(self, state: bytes) -> PartRef:
+        """Store the state of a workload that stands still, for `close`."""
+        if self.syncer is None:
+            raise UnavailableError(
+                "nothing is kept in the store yet", hint="try again when the group is running"
+            )
+        return await self.syncer.save_state(state)
+
+    async def read_state(self, head: Head) -> bytes:
+        """The state of a workload that this head names, verified."""
+        return await read_state(self.reader, head)
+
+    async def close(self, *, drain: bool = True, release: bool = True, resume: PartRef | None = None) -> None:
+        """Store what is dirty and let go, as `Syncer.close`; then give everything back. Twice is harmless.
+
+        ``resume``: everything is stored, and the head shall name this state as it lets go. That is tried for as long
+        as the store does not answer, because nobody else can end it.
+        """
         try:
             if self._caring is not None:
                 self._caring.cancel()
                 await asyncio.wait((self._caring,))
             if self.syncer is not None:
-                await self.syncer.close(drain=drain, release=release)
+                try:
+                    await self.syncer.close(drain=drain, release=release and resume is None)
+                except UnavailableError:
+                    if resume is None:
+                        raise
                 if self._run is not None:
                     await asyncio.wait((self._run,))
+                if resume is not None:
+                    await self.register.release(resume)
         finally:
             if self._keeping is not None:
                 self._keeping.cancel()

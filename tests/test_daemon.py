@@ -293,3 +293,41 @@ async def test_a_second_signal_skips_the_storing(tmp_path: Path, monkeypatch, ex
             assert await client.call("sync", group=name) == {"generation": 1}
     for name in names:
         assert (tmp_path / f"{name}.img").read_bytes()[:MIB] == CONTENT
+
+
+async def test_a_group_hibernates_in_one_daemon_and_wakes_in_another(tmp_path: Path, expect_log) -> None:
+    """Neither a start of the first nor of the second opens it by itself; and its disk is in the arrivals then."""
+    daemon = Daemon(one_disk(tmp_path, "a"))
+    async with daemon.running() as on_a:
+        async with await NbdClient.connect(f"unix:{tmp_path}/a-nbd.sock") as guest:
+            await guest.write(0, CONTENT)
+        lines = [line async for line in on_a.stream("hibernate", group="vm1")]
+        assert isinstance(lines[-1], Result)
+        report = lines[-1].value
+        assert report["outcome"] == "stored"
+        assert lines[0]["phase"] == "storing"
+        assert await group_status(on_a, "vm1") is None
+        with pytest.raises(InvalidRequestError, match="no group"):
+            await on_a.call("hibernate", group="vm1")
+    expect_log("vm1 is hibernated")
+    async with Daemon(one_disk(tmp_path, "a")).running() as on_a:
+        assert await group_status(on_a, "vm1") is None
+    async with Daemon(waiting(tmp_path, "b")).running() as on_b:
+        answer = await on_b.call("resume", group="vm1")
+        assert answer["uris"] == [f"nbd+unix:///vm1/disk?socket={tmp_path}/b-vm1.sock"]
+        async with await NbdClient.connect(f"unix:{tmp_path}/b-vm1.sock") as guest:
+            assert bytes(await guest.read(0, MIB)) == CONTENT
+            await guest.write(2 * MIB, b"awake")
+        with pytest.raises(InvalidRequestError, match="open here already"):
+            await on_b.call("resume", group="vm1")
+    async with Daemon(waiting(tmp_path, "b")).running() as on_b:
+        assert (await group_status(on_b, "vm1") or {})["state"] == "running"
+        async with await NbdClient.connect(f"unix:{tmp_path}/b-vm1.sock") as guest:
+            assert bytes(await guest.read(2 * MIB, 5)) == b"awake"
+        await on_b.call("hibernate", group="vm1", deadline_s=30)
+    async with Daemon(one_disk(tmp_path, "a")).running() as on_a:
+        await on_a.call("resume", group="vm1")
+        async with await NbdClient.connect(f"unix:{tmp_path}/a-nbd.sock") as guest:
+            assert bytes(await guest.read(2 * MIB, 5)) == b"awake"
+        with pytest.raises(InvalidRequestError):
+            await on_a.call("resume", group="vm2")

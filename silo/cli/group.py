@@ -1,4 +1,4 @@
-"""Commands about a running daemon's groups: ``status``, ``heat``, ``migrate``, ``sync``."""
+"""Commands about a running daemon's groups: ``status``, ``heat``, ``sync``. Those that move them: `silo.cli.move`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 
 from silo.cli.output import console, print_json
 from silo.cli.picture import Cell, draw, write_png
-from silo.control import ControlClient, Result
-from silo.settings import format_duration, format_size, parse_duration
+from silo.control import ControlClient
+from silo.settings import format_duration, format_size
 
-__all__ = ["add_to"]
+__all__ = ["STATE_DEFAULT", "Json", "State", "add_to", "client"]
 
 State = Annotated[str, typer.Option(help="The daemon's state directory.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
@@ -25,16 +23,16 @@ STATE_DEFAULT = "/var/lib/silo"
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (status, heat, migrate, sync):
+    for command in (status, heat, sync):
         app.command()(command)
 
 
-def _client(state: str) -> ControlClient:
+def client(state: str) -> ControlClient:
     return ControlClient(Path(state) / "control.sock")
 
 
 async def _call(state: str, verb: str, **args: Any) -> Any:
-    async with _client(state) as daemon:
+    async with client(state) as daemon:
         return await daemon.call(verb, **args)
 
 
@@ -112,63 +110,6 @@ def heat(
                 f"{group}/{volume['name']}: {volume['chunks_per_cell']} chunks per cell", markup=False
             )
             console.print(draw(cells, width))
-
-
-def migrate(
-    group: Annotated[str, typer.Argument(help="The group to move.")],
-    to: Annotated[str, typer.Option(help="The other host's peer address: tcp:HOST:PORT or unix:/path.")],
-    deadline: Annotated[
-        str, typer.Option(help="Give up, and run on here, when the switchover is not done by then.")
-    ] = "10m",
-    state: State = STATE_DEFAULT,
-    json: Json = False,
-) -> None:
-    """Move a group to another host while its guest runs, and wait until this host may be switched off."""
-    asyncio.run(_migrate(state, group, to, parse_duration(deadline), json))
-
-
-async def _migrate(state: str, group: str, to: str, deadline_s: float, json: bool) -> None:
-    async with _client(state) as daemon:
-        lines = daemon.stream("migrate", group=group, to=to, deadline_s=deadline_s)
-        if json:
-            async for line in lines:
-                print_json({"report": line.value} if isinstance(line, Result) else line)
-            return
-        with Live(Text("connecting"), console=console, transient=True) as live:
-            async for line in lines:
-                if isinstance(line, Result):
-                    live.stop()
-                    console.print(_report(line.value))
-                else:
-                    live.update(_progress(line))
-
-
-def _progress(event: dict[str, Any]) -> Text:
-    parts = [str(event.get("phase", event.get("event", "")))]
-    if event.get("round"):
-        parts.append(f"round {event['round']}")
-    if event.get("bytes_peer") is not None:
-        parts.append(f"{format_size(event['bytes_peer'])} sent")
-    if event.get("rate_bps"):
-        parts.append(f"{format_size(event['rate_bps'])}/s")
-    if event.get("exposed_bytes"):
-        parts.append(f"{format_size(event['exposed_bytes'])} only here")
-    return Text("  ".join(parts))
-
-
-def _report(report: dict[str, Any]) -> Table:
-    table = Table(title="released: this host may be switched off", title_justify="left", show_header=False)
-    for key, value in report.items():
-        if key.startswith("bytes_"):
-            shown = format_size(value)
-        elif key.endswith("_s") and isinstance(value, int | float):
-            shown = format_duration(value)
-        elif key.endswith("_ms") and isinstance(value, int | float):
-            shown = f"{value:.1f} ms"
-        else:
-            shown = str(value)
-        table.add_row(key, shown)
-    return table
 
 
 def sync(

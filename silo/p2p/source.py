@@ -120,11 +120,6 @@ class SourceMigration:
         """What it has come to so far; final once `run` has ended."""
         return self._report.make(self.state, self._driver.reason)
 
-    @property
-    def wants_store(self) -> bool:
-        """It was given up because the group must go to the store instead, if it is to survive this host."""
-        return self._effects.wants_store
-
     def abort(self, reason: str) -> None:
         """Stop it, if the group can still stay; `run` then ends with `MigrationAborted`.
 

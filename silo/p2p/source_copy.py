@@ -65,8 +65,6 @@ class PreCopy:
     """See the module. ``may_dial`` is set when there is something to offer."""
 
     def __init__(self, parts: SourceParts, may_dial: asyncio.Event) -> None:
-        self.wants_store = False
-        """Given up for the store: no target came in time, or the link was too slow."""
         self._p = parts
         self._may_dial = may_dial
         self._clock = parts.site.clock
@@ -152,7 +150,6 @@ class PreCopy:
     def _follow(self, plan: Plan) -> Plan:
         """Give the migration up when the plan is to go to the store instead."""
         if plan.action is Action.STORE:
-            self.wants_store = True
             raise UnavailableError(
                 f"{plan.reason}: {self._p.link.error}" if self._p.link.error else plan.reason
             )

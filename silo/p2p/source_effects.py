@@ -70,11 +70,6 @@ class SourceEffects:
         if parts.record is not None:
             self.may_dial.set()
 
-    @property
-    def wants_store(self) -> bool:
-        """Pre-copy was given up for the store."""
-        return self._precopy.wants_store
-
     def table(self) -> dict[Effect, Perform]:
         """The method of each effect."""
         return {

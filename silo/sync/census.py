@@ -127,6 +127,8 @@ def _named_by(head: Head) -> Iterator[str]:
         yield head.root.stored.key
     if head.hot is not None:
         yield head.hot.key
+    if head.resume is not None:
+        yield head.resume.key
 
 
 def _steps(first: int, limit: int) -> Iterator[tuple[int, int]]:

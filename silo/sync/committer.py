@@ -228,6 +228,7 @@ class Committer:
             generation=head.generation + changes,
             cut_time=cut.time_wall if changes else head.cut_time,
             state=WriterState.OPEN,
+            resume=None if changes else head.resume,
             volumes=volumes,
             root=head.root if checkpoint is None else checkpoint.root,
             segments=listed + self._pending.segments,

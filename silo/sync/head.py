@@ -186,6 +186,9 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     """Somebody waits for the lease to end."""
     hot: PartRef | None = None
     """The chunks that are read first after a start."""
+    resume: PartRef | None = None
+    """The saved state of the workload, which fits this generation and no other (safety rule 14). With it a group that
+    is released is *hibernated*: any host may resume it. The next generation is without."""
     parents: tuple[str, ...] = ()
     """Keys of the pins in other groups that keep what this group refers to there."""
     kept: Kept | None = None
@@ -195,6 +198,11 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     def owners_nonce(self) -> str:
         """The nonce of the owner's own body, below whatever intent."""
         return self.intent.over if self.intent else self.nonce
+
+    @property
+    def is_hibernated(self) -> bool:
+        """Released, with the state of its workload."""
+        return self.state is WriterState.RELEASED and self.resume is not None
 
     def volume(self, name: str) -> VolumeInfo | None:
         """The volume of this name."""
@@ -281,6 +289,8 @@ def _check(head: Head, group: str) -> None:
             _check_part(head.root.stored)
     if head.hot is not None:
         _check_part(head.hot)
+    if head.resume is not None:
+        _check_part(head.resume)
     for parent in head.parents:
         parse_pin_key(parent)
     if head.kept is not None:

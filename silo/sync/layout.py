@@ -171,6 +171,7 @@ class Magic:
     PAGE = b"SILOPAG\n"
     ROOT = b"SILOROT\n"
     HOT = b"SILOHOT\n"
+    STATE = b"SILOSTA\n"
 
 
 _PREAMBLE = struct.Struct("<8sHHI")

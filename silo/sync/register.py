@@ -40,8 +40,8 @@ from silo.sync.claim import (
     owner_of,
     refusal,
 )
-from silo.sync.head import Head, Intent, VolumeInfo, WriterState, encode_head, parse_head
-from silo.sync.layout import head_key, proof_key
+from silo.sync.head import Head, Intent, PartRef, VolumeInfo, WriterState, encode_head, parse_head
+from silo.sync.layout import head_key, parse_segment_key, proof_key
 from silo.sync.lease import Lease, wait_s
 from silo.sync.retry import STORE_TROUBLE, Backoff, Trouble, bounded
 from silo.sync.settings import RetrySettings
@@ -337,12 +337,20 @@ class Register:
                 raise InvariantError(f"group {self.group} was never claimed here")
             return self.head
 
-    async def release(self) -> Head:
-        """Commit that everything is stored and that anybody may open the group. As `commit`; twice is harmless."""
+    async def release(self, resume: PartRef | None = None) -> Head:
+        """Commit that everything is stored and that anybody may open the group. As `commit`; twice is harmless.
+
+        ``resume`` is the saved state of a workload that was stopped before the newest cut was taken. Without it the
+        head keeps what it has, which is right as long as nothing was committed since.
+        """
         head = await self.settle()
         if head.state is WriterState.RELEASED:
             return head
-        return await self.commit(msgspec.structs.replace(head, state=WriterState.RELEASED))
+        seq = head.seq if resume is None else max(head.seq, parse_segment_key(resume.key).seq)
+        released = msgspec.structs.replace(
+            head, state=WriterState.RELEASED, resume=resume or head.resume, seq=seq
+        )
+        return await self.commit(released)
 
     async def _settle(self) -> Head:
         attempt = self._outstanding

@@ -40,13 +40,15 @@ from silo.frozen import Cut
 from silo.group import Group
 from silo.sync.ahead import Forerunner
 from silo.sync.amendments import Amendments
-from silo.sync.claim import check_volumes
+from silo.sync.claim import check_volumes, owner_of
 from silo.sync.committer import Committer, volume_infos
+from silo.sync.head import PartRef
 from silo.sync.manifest import Manifest
 from silo.sync.planner import Pace
 from silo.sync.reader import StoreReader
 from silo.sync.register import Register
 from silo.sync.retry import Backoff, Trouble
+from silo.sync.savedstate import write_state
 from silo.sync.settings import FetchSettings, SyncSettings
 from silo.sync.status import SyncPhase, SyncStatus
 
@@ -235,6 +237,10 @@ class Syncer:
                 raise ClosedError(f"the syncer of group {self._group.name} is closed")
             await self._progress.wait()
         return self.generation
+
+    async def save_state(self, state: bytes) -> PartRef:
+        """Store the state of a workload, for `Register.release`. As `silo.sync.savedstate.write_state`."""
+        return await write_state(self._committer.sender, owner_of(self.manifest.head), state)
 
     async def close(self, *, drain: bool = True, release: bool = True) -> None:
         """Store what is dirty, say in the head that anybody may open the group, and end `run`.

@@ -1,0 +1,64 @@
+"""The state of a stopped workload, as an object in the store that the head names with its digest.
+
+::
+
+    preamble │ length of the state, 8 bytes │ state
+
+It lies under a key of the same kind as segments, so that it is never replaced, and what a fenced writer left is garbage
+like any other. What makes it valid is the head alone: it is named by the very commit that releases the group, which
+nothing but a claim can follow (safety rule 14).
+"""
+
+from __future__ import annotations
+
+import struct
+
+from silo.abc import STATE_SIZE_MAX
+from silo.errors import CapacityError, CorruptionError
+from silo.sync.claim import Owner
+from silo.sync.codec import digest_of
+from silo.sync.head import Head, PartRef
+from silo.sync.layout import PREAMBLE_SIZE, Magic, pack_preamble, parse_preamble
+from silo.sync.reader import StoreReader
+from silo.sync.sender import ObjectSender
+
+__all__ = ["read_state", "write_state"]
+
+_LENGTH = struct.Struct("<Q")
+
+
+async def write_state(sender: ObjectSender, owner: Owner, state: bytes) -> PartRef:
+    """Store the state, and say where it is. Waits as long as the store does not answer: the caller has a deadline.
+
+    Cancelled, it leaves an object to which nothing refers. `CapacityError` when the state is too large.
+    """
+    if len(state) > STATE_SIZE_MAX:
+        raise CapacityError(
+            f"the state of a workload has {len(state)} bytes, at most {STATE_SIZE_MAX} are kept"
+        )
+    body = _LENGTH.pack(len(state)) + state
+    name = sender.name(owner)
+    await sender.send(name, (pack_preamble(Magic.STATE), body), PREAMBLE_SIZE + len(body))
+    return PartRef(name.key, PREAMBLE_SIZE, len(body), digest_of(body).hex())
+
+
+async def read_state(reader: StoreReader, head: Head) -> bytes:
+    """The state that the head names. `CorruptionError` when it is not what was written, or is not there."""
+    part = head.resume
+    if part is None:
+        raise CorruptionError(
+            f"generation {head.generation} of group {head.group} has no state of a workload"
+        )
+    if part.length > _LENGTH.size + STATE_SIZE_MAX:
+        raise CorruptionError(f"{part.key} would hold {part.length} bytes of state")
+    data = await reader.read_object(part.key)
+    if data is None:
+        raise CorruptionError(f"{part.key}, which holds the state of the workload, is gone")
+    parse_preamble(data, Magic.STATE)
+    body = bytes(data[part.offset : part.offset + part.length])
+    if digest_of(body).hex() != part.digest:
+        raise CorruptionError(f"{part.key} does not have its digest")
+    (length,) = _LENGTH.unpack_from(body)
+    if length != len(body) - _LENGTH.size:
+        raise CorruptionError(f"{part.key} has {len(body)} bytes for a state of {length}")
+    return body[_LENGTH.size :]
