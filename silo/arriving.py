@@ -49,6 +49,7 @@ class Accepts(Protocol):
         copies: CopyLimits | None,
         export: str | None,
         tls: NbdTls | None,
+        flush: str,
     ) -> HostedGroup:
         """Take the group in."""
 
@@ -91,6 +92,7 @@ class Arrival:
         copies: CopyLimits | None = None,
         export: str | None = None,
         tls: NbdTls | None = None,
+        flush: str = "local",
     ) -> HostedGroup:
         """Take the group in, onto these devices; what they hold gives way. Returns while it is being copied.
 
@@ -108,6 +110,7 @@ class Arrival:
             copies=copies,
             export=export,
             tls=tls,
+            flush=flush,
         )
 
     def refuse(self, message: str) -> None:

@@ -38,7 +38,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -111,11 +111,16 @@ class WorkloadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {name: command for name in self.__struct_fields__ if (command := getattr(self, name))}
 
 
+Flush = Literal["local", "store"]
+
+
 class GroupConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One group that this host opens at start."""
 
     volumes: dict[str, VolumeConfig]
     listen: list[str] = []
+    flush: Flush | None = None
+    """``None``: as for all groups."""
     workload: WorkloadConfig | None = None
 
 
@@ -174,6 +179,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     state: str = "/var/lib/silo"
     store: str = ""
     listen: str = ""
+    flush: Flush = "local"
+    """What a guest's flush makes durable: the local disk, or the store, too."""
     peer: str = ""
     tls_dir: str = ""
     """Where ``host.crt``, ``host.key`` and ``ca.crt`` are; with it hosts talk over mutual TLS."""
@@ -187,6 +194,11 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     nbd: NbdConfig = NbdConfig()
     groups: dict[str, GroupConfig] = {}
     workload: WorkloadConfig = WorkloadConfig()
+
+    def flush_of(self, group: str) -> Flush:
+        """What a flush of a group's guest makes durable."""
+        own = self.groups[group].flush if group in self.groups else None
+        return own or self.flush
 
     def listen_urls(self, group: str) -> list[str]:
         """Where a group is exported: its own addresses, else the common pattern."""
@@ -248,6 +260,12 @@ def check_config(config: ServeConfig, origin: str) -> ServeConfig:
             _check_group(name, group)
     except InvalidRequestError as error:
         raise InvalidRequestError(f"{where}: {error.message}", hint=error.hint) from error
+    if config.flush not in ("local", "store"):
+        raise InvalidRequestError(f"{origin}: flush {config.flush!r} is not known", hint="say local or store")
+    if not config.store and any(config.flush_of(group) == "store" for group in ("", *config.groups)):
+        raise InvalidRequestError(
+            f"{origin}: flush = 'store' needs a store", hint="say where it is: store = ..."
+        )
     if config.insecure_peer and config.tls_dir:
         raise InvalidRequestError(
             f"{origin}: hosts talk either over TLS or over plain TCP",
@@ -348,6 +366,7 @@ def merge_flags(
             group: GroupConfig(
                 volumes=parsed,
                 listen=list(listen) or (old.listen if old else []),
+                flush=old.flush if old else None,
                 workload=old.workload if old else None,
             ),
         }

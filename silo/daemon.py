@@ -227,9 +227,10 @@ class _Daemon:
             workload=self._workload(self._config.groups.get(offer.group)),
             export=urls[0] if urls else None,
             tls=self._tls_at(urls[0]) if urls else None,
+            flush=self._config.flush_of(offer.group),
         )
         for url in urls[1:]:
-            await self._host.export(hosted, url, tls=self._tls_at(url))
+            await self._export_at(hosted, url)
         text = f"{offer.group} is arriving from {offer.peer}"
         self._say({"event": "arriving", "group": offer.group, "peer": offer.peer}, text)
 
@@ -256,7 +257,10 @@ class _Daemon:
 
     async def export(self, hosted: HostedGroup) -> None:
         for url in self._config.listen_urls(hosted.name):
-            await self._host.export(hosted, url, tls=self._tls_at(url))
+            await self._export_at(hosted, url)
+
+    async def _export_at(self, hosted: HostedGroup, url: str) -> None:
+        await self._host.export(hosted, url, tls=self._tls_at(url), flush=self._config.flush_of(hosted.name))
 
     def _tls_at(self, url: str) -> NbdTls | None:
         """A Unix socket is protected by its file's permissions."""

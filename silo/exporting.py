@@ -6,6 +6,7 @@ Exports are called ``<group>/<volume>``. Servers live as long as the host; expor
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import attrs
 
@@ -13,6 +14,7 @@ from silo.errors import InvalidRequestError
 from silo.exports.nbd_exports import NbdExport, NbdExports
 from silo.exports.nbd_server import NbdServer, NbdServerSettings
 from silo.exports.nbd_tls import NbdTls
+from silo.flushing import StoreFlush
 from silo.group import Group
 
 __all__ = ["Exporter", "GroupExport"]
@@ -42,11 +44,23 @@ class Exporter:
         self._servers: dict[str, NbdServer] = {}
         self._groups: dict[str, list[GroupExport]] = {}
 
-    def add(self, group: Group, url: str, tls: NbdTls | None = None) -> GroupExport:
+    def add(
+        self, group: Group, url: str, tls: NbdTls | None = None, flush: StoreFlush | None = None
+    ) -> GroupExport:
         """Serve a group's volumes at ``unix:/path`` or ``tcp:host:port``. The same address twice is harmless.
 
-        `InvalidRequestError` when the address cannot be had, or is served already with other certificates.
+        ``flush`` is what makes flushes reach the store; it is the same at all addresses of a group, because a flush
+        covers the writes of all connections. `InvalidRequestError` when it is not, when the address cannot be had,
+        or when it is served already with other certificates.
         """
+        description = f"flushes are durable {'in the store' if flush else 'on the local disk'}"
+        for name in group.volumes:
+            other = self._exports.get(f"{group.name}/{name}")
+            if other is not None and other.description != description:
+                raise InvalidRequestError(
+                    f"group {group.name} is exported already, and its {other.description}",
+                    hint="give all of its exports the same flush",
+                )
         server = self._servers.get(url)
         if server is None:
             server = NbdServer(self._exports, self._tasks, settings=self._settings, tls=tls)
@@ -64,7 +78,8 @@ class Exporter:
                     NbdExport(
                         full,
                         volume,
-                        description="flushes are durable on the local disk",
+                        description=description,
+                        flush=partial(flush.flush, volume) if flush else None,
                         connections_max=self._settings.connections_max,
                     )
                 )

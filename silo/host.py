@@ -334,6 +334,7 @@ class Host:
         copies: CopyLimits | None,
         export: str | None,
         tls: NbdTls | None,
+        flush: str,
     ) -> HostedGroup:
         """See `Arrival.accept`."""
         specs = _specs(devices)
@@ -346,7 +347,7 @@ class Host:
             await prepare_arrival(offer, group, state, link, specs)
             hosted = self._hosted(group, state, link, workload)
             if export is not None:
-                await self.export(hosted, export, tls=tls)
+                await self.export(hosted, export, tls=tls, flush=flush)
         except BaseException as error:
             offer.refuse(
                 error.message if isinstance(error, SiloError) else "the host failed to prepare for it"
@@ -449,13 +450,18 @@ class Host:
             await state.aclose()
         return {volume.name: volume.geometry for volume in identity.volumes} if identity is not None else {}
 
-    async def export(self, group: HostedGroup, url: str, *, tls: NbdTls | None = None) -> GroupExport:
+    async def export(
+        self, group: HostedGroup, url: str, *, tls: NbdTls | None = None, flush: str = "local"
+    ) -> GroupExport:
         """Serve a group over NBD at ``unix:/path`` or ``tcp:host:port``, until the group or the host is closed.
+
+        With ``flush="store"`` a client's flush (or FUA write) returns when a committed generation covers it, and so
+        survives the loss of this host; see `silo.flushing`. All exports of a group have the same.
 
         With ``tls`` (`NbdTls.from_files`) connections are encrypted, and clients may be asked who they are; several
         groups at one address share one. `InvalidRequestError` when the address cannot be had.
         """
-        return self._running_exporter().add(group.group, url, tls)
+        return self._running_exporter().add(group.group, url, tls, group.store_flush(flush))
 
     async def close_group(self, group: HostedGroup, *, drain: bool = True) -> None:
         """Stop serving a group, as `HostedGroup.close`. A migration away is aborted, or waited for when it is too late

@@ -26,6 +26,7 @@ from silo.errors import (
 )
 from silo.events import MigrationReport
 from silo.exporting import Exporter
+from silo.flushing import FLUSHES, StoreFlush
 from silo.group import Group
 from silo.hooks.observers import Observer
 from silo.hooks.runner import WorkloadRunner
@@ -166,6 +167,19 @@ class HostedGroup:
         if self.link is None or self.link.syncer is None:
             raise InvalidRequestError(f"group {self.name} has no store", hint="open it with a store")
         return await self.link.syncer.sync_now()
+
+    def store_flush(self, flush: str) -> StoreFlush | None:
+        """What makes flushes reach the store, when ``flush`` says so; `InvalidRequestError` when there is none."""
+        if flush not in FLUSHES:
+            raise InvalidRequestError(f"a flush cannot be {flush!r}", hint=f"say {' or '.join(FLUSHES)}")
+        if flush == "local":
+            return None
+        if self.link is None:
+            raise InvalidRequestError(
+                f"flushes of group {self.name} cannot reach a store, because it has none",
+                hint="open it with a store",
+            )
+        return StoreFlush(self.group, self.link, self.link.flush_timeout_s)
 
     async def wait_stored(self) -> int:
         """Return when everything acknowledged before this call is stored, without hurrying. As `sync_now`."""

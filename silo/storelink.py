@@ -85,7 +85,7 @@ class StoreLink:
         self._clock = clock
         self._prepare = prepare
         self._owns_store = owns_store
-        self._sync = sync
+        self._sync = sync or SyncSettings()
         self._fetch = fetch
         self._directory = directory
         self._source = CurrentSource()
@@ -303,6 +303,16 @@ class StoreLink:
             self._held = True
             if self.syncer is not None:
                 self.syncer.hold(MIGRATION_HOLD)
+
+    @property
+    def flush_timeout_s(self) -> float:
+        """As `SyncSettings.flush_timeout_s`."""
+        return self._sync.flush_timeout_s
+
+    @property
+    def holds_commits(self) -> bool:
+        """Whether a migration keeps commits back."""
+        return self._held
 
     async def release_commits(self) -> None:
         """Commits may be made again."""

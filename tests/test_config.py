@@ -34,6 +34,7 @@ connections = 16
 memory = "64M"
 
 [groups.vm1]
+flush = "store"
 listen = ["unix:/run/vm1.sock", "tcp:127.0.0.1:10809"]
 
 [groups.vm1.volumes.disk]
@@ -62,6 +63,7 @@ def test_a_full_file_is_understood(tmp_path: Path) -> None:
     assert config.listen_urls("other") == ["unix:/run/silo/other.sock"]
     assert config.workload.commands == {"suspend": "true"}
     assert config.migration.workload_timeout_s == 90.0
+    assert (config.flush_of("vm1"), config.flush_of("other")) == ("store", "local")
     assert config.migration.hot_bytes == 64 << 20
     limits = config.nbd.settings()
     assert (limits.connections_max, limits.payload_bytes, limits.handshake_timeout_s) == (16, 64 << 20, 30.0)
@@ -107,6 +109,9 @@ def test_a_flag_beats_the_file(tmp_path: Path) -> None:
         ("[sync]\ninterval = '5 parsecs'", "parsecs"),
         ("[sync]\ninterval = 0", "positive"),
         ("[migration]\nworkload_timeout = 0", "positive"),
+        ("flush = 'peer'", "flush"),
+        ("flush = 'store'", "needs a store"),
+        ("[groups.vm1]\nflush = 'store'\n[groups.vm1.volumes.disk]\npath = 'd'", "needs a store"),
         ("[groups.vm1.volumes.disk]\npath = 'd'\nsize = '8 bananas'", "bananas"),
         ("[groups.vm1.volumes.disk]\npath = 'd'\nchunk_size = '5K'", "5K"),
         ("[groups.vm1.volumes.disk]\nsize = '8G'", "path"),

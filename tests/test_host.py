@@ -251,3 +251,30 @@ async def test_a_store_that_becomes_a_file_is_an_alarm_and_no_end(tmp_path: Path
         (tmp_path / "aside").rename(store)
         assert await group.sync_now() > 1
         assert not group.status()["sync"]["last_error"]
+
+
+async def test_a_flush_of_any_connection_covers_the_writes_of_all(tmp_path: Path) -> None:
+    """With ``flush="store"`` it returns when the store has them; without a store, or in two ways, it is refused."""
+    store = MemoryStore(SystemClock())
+    async with Host(tmp_path / "state") as host:
+        group = await host.open_group("vm1", {"disk": MemoryDevice(SIZE)}, store=store.client(), sync=LAZY)
+        nbd = await host.export(group, f"unix:{tmp_path}/nbd.sock", flush="store")
+        async with (
+            await NbdClient.connect(nbd.uri("disk")) as one,
+            await NbdClient.connect(nbd.uri("disk")) as other,
+        ):
+            assert one.export.description == "flushes are durable in the store"
+            for number in range(3):
+                await one.write(number * 4096, b"new" * 100)
+                await other.flush()
+                assert group.group.exposed_bytes == 0
+            await one.write(5 * MIB, b"fua" * 100, fua=True)
+            assert group.group.exposed_bytes == 0
+        await host.export(group, f"unix:{tmp_path}/more.sock", flush="store")
+        with pytest.raises(InvalidRequestError, match="same flush"):
+            await host.export(group, f"unix:{tmp_path}/other.sock")
+        with pytest.raises(InvalidRequestError, match="local or store"):
+            await host.export(group, f"unix:{tmp_path}/other.sock", flush="peer")
+        alone = await host.open_group("vm2", {"disk": MemoryDevice(SIZE)})
+        with pytest.raises(InvalidRequestError, match="it has none"):
+            await host.export(alone, f"unix:{tmp_path}/other.sock", flush="store")

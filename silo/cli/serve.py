@@ -92,6 +92,13 @@ Lease = Annotated[
         "over by itself (--after-lease); but I/O stalls while the store is away. Default: no lease."
     ),
 ]
+Flush = Annotated[
+    str | None,
+    _flag(
+        "local, or store: an fsync of the guest returns when the store has what it covers, and survives the loss of "
+        "this host. Default local."
+    ),
+]
 AfterLease = Annotated[
     bool,
     typer.Option(
@@ -126,6 +133,7 @@ def serve(
     nbd_tls: NbdTlsPolicy = None,
     nbd_client_ca: NbdClientCa = None,
     nbd_client_certificates: NbdClients = None,
+    flush: Flush = None,
     lease: Lease = None,
     host_is_dead: HostIsDead = False,
     after_lease: AfterLease = False,
@@ -148,6 +156,7 @@ def serve(
         volumes=volume or (),
         listen=listen or (),
         sync_interval=sync_interval,
+        flush=flush,
         lease=lease,
         store=store,
         state=state,

@@ -115,6 +115,7 @@ class NbdConnection:
             block_size=sizes.minimum,
             read_only=export.read_only,
             contexts=agreed.contexts,
+            flush=export.flush,
         )
         self._transmission = Transmission(self._stream, parser, service, self._budget, self._limits)
         try:

@@ -16,7 +16,7 @@ the empty name means the only export there is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from silo.errors import InvalidRequestError
@@ -60,6 +60,7 @@ class NbdExport:
         *,
         read_only: bool = False,
         description: str = "",
+        flush: Callable[[], Awaitable[None]] | None = None,
         block_size: int = 1,
         payload_max: int = PAYLOAD_SIZE_DEFAULT,
         connections_max: int = CONNECTIONS_MAX,
@@ -69,6 +70,8 @@ class NbdExport:
         self.volume = volume
         self.read_only = read_only or volume.read_only
         self.description = description
+        self.flush = flush or volume.flush
+        """What a flush of any connection waits for; it covers the acknowledged writes of all of them."""
         self.sizes = BlockSizes(block_size, max(4096, block_size), payload_max)
         self._connections_max = connections_max
         self._settle_timeout_s = settle_timeout_s

@@ -14,12 +14,13 @@ came after it. So before a write of the same batch touches what an earlier read 
 are made stable (`stabilise`). The driver does the same with whatever it could not send at once.
 
 **Flush.** A flush covers the writes of all connections that were answered before it: they all went to the same
-volume, which is asked to flush. A write with FUA is a write followed by a flush.
+volume, which is asked to flush, or whatever the export has in its place. A write with FUA is a write followed by a
+flush.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from silo.abc import Buffer
@@ -74,8 +75,10 @@ class NbdService:
         block_size: int = 1,
         read_only: bool = False,
         contexts: dict[int, str] | None = None,
+        flush: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._volume = volume
+        self._flush = flush or volume.flush
         self._gate = volume.gate
         self._size = volume.geometry.size
         self._states = volume.chunks.states
@@ -346,5 +349,5 @@ class NbdService:
         elif command == _CACHE:
             await volume.prefetch(offset, length)
         if command == _FLUSH or (flags & _FUA and command in _MODIFIES):
-            await volume.flush()
+            await self._flush()
         return None

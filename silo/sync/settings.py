@@ -74,6 +74,8 @@ class SyncSettings:
     checkpoint_segments: int = 64
     """Segments since the root from which on a new root is considered; four times as many force one. A restore
     reads the index of each."""
+    flush_timeout_s: float = 60.0
+    """How long a flush that must reach the store waits for its commit before it fails (`silo.flushing`)."""
     drain_timeout_s: float = 60.0
     """How long closing waits for the last commit."""
     lease_s: float | None = None
@@ -89,8 +91,8 @@ class SyncSettings:
     def __attrs_post_init__(self) -> None:
         if self.lease_s is not None:
             check_lease(self.lease_s)
-        if self.rpo_s <= 0 or self.drain_timeout_s <= 0 or not 1 <= self.threads <= 64:
-            raise InvalidRequestError("rpo_s and drain_timeout_s must be positive, threads from 1 to 64")
+        if min(self.rpo_s, self.drain_timeout_s, self.flush_timeout_s) <= 0 or not 1 <= self.threads <= 64:
+            raise InvalidRequestError("rpo_s and timeouts must be positive, threads from 1 to 64")
         if not (0 < self.segment_size <= 1024 * MIB and self.batch_size > 0 and self.checkpoint_segments > 0):
             raise InvalidRequestError(
                 "segments have at most 1 GiB; segments, batches and checkpoints cannot be empty"
