@@ -18,6 +18,7 @@ from pathlib import Path
 import attrs
 
 from benchmarks.common.child import ListeningChild, listen_tcp, listen_unix
+from benchmarks.nbd.fio import Client
 
 __all__ = ["CONTENDERS", "TRANSPORTS", "Contender", "Site", "make_certificates"]
 
@@ -43,15 +44,19 @@ class Site:
         return listen_unix(self.directory / f"{name}.sock") if self.transport == "unix" else listen_tcp()
 
     @property
+    def home(self) -> Path | None:
+        """The clients' home directory, when they need certificates."""
+        return self.directory / "home" if self.transport == "tls" else None
+
+    @property
     def certificates(self) -> Path | None:
         """Where the certificates are, when the transport needs any."""
-        return self.directory / "tls" if self.transport == "tls" else None
+        return self.home and self.home / ".pki" / "libnbd"
 
-    def uri(self, server: ListeningChild) -> str:
+    def client(self, server: ListeningChild) -> Client:
         """How fio reaches a contender."""
-        if self.certificates is None:
-            return server.uri()
-        return f"nbds://localhost:{server.address[1]}/?tls-certificates={self.certificates}"
+        uri = server.uri() if self.home is None else f"nbds://localhost:{server.address[1]}/"
+        return Client(uri, self.home)
 
     def image(self, name: str, *, on_disk: bool) -> Path:
         """A sparse file of the right size for a contender."""
@@ -70,6 +75,8 @@ class Contender:
     """``memory`` or ``file``."""
     ours: bool
     command: Callable[[Site], list[str]]
+    maps: bool = True
+    """False for ours without maps."""
 
     def start(self, site: Site) -> ListeningChild:
         """Start the server; the caller leaves the context to stop it."""
@@ -78,16 +85,19 @@ class Contender:
         )
 
 
-def make_certificates(directory: Path) -> None:
+def make_certificates(site: Site) -> None:
     """An authority and a server's certificate for localhost, under the names that nbdkit, QEMU and libnbd expect."""
-    directory.mkdir()
+    if site.certificates is None:
+        return
+    site.certificates.mkdir(parents=True)
+    site.directory.chmod(0o711)  # the client may be somebody else
     request = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
     authority = [*request, "-subj", "/CN=benchmark", "-keyout", "ca-key.pem", "-out", "ca-cert.pem"]
     server = [*request, "-CA", "ca-cert.pem", "-CAkey", "ca-key.pem", "-subj", "/CN=localhost"]
     server += ["-addext", "subjectAltName=DNS:localhost", "-addext", "basicConstraints=critical,CA:FALSE"]
     server += ["-keyout", "server-key.pem", "-out", "server-cert.pem"]
     for command in (authority, server):
-        subprocess.run(command, cwd=directory, check=True, capture_output=True)
+        subprocess.run(command, cwd=site.certificates, check=True, capture_output=True)
 
 
 def _silo(site: Site, *options: str) -> list[str]:
@@ -115,6 +125,7 @@ CONTENDERS = (
         "memory",
         True,
         lambda site: _silo(site, "--memory", str(site.size), "--no-maps"),
+        maps=False,
     ),
     Contender("nbdkit-memory", "memory", False, lambda site: _nbdkit(site, "memory", str(site.size))),
     Contender(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -13,7 +15,7 @@ from benchmarks.common.child import cpu_seconds
 from benchmarks.common.machine import busy_time
 from silo.errors import UnavailableError
 
-__all__ = ["Cell", "fill", "run_cell"]
+__all__ = ["Cell", "Client", "fill", "run_cell"]
 
 _GRACE_S = 60.0
 """What a run may take beyond its own time before it counts as hung: starting up, and the last slow requests."""
@@ -39,7 +41,15 @@ class Cell:
         return self.rw.endswith("read")
 
 
-def fill(uri: str, size: int) -> None:
+@attrs.frozen
+class Client:
+    """How fio reaches a server. ``home`` holds the certificates for TLS, see `_environment`."""
+
+    uri: str
+    home: Path | None = None
+
+
+def fill(client: Client, size: int) -> None:
     """Write everything once, so that nobody serves holes, with bytes that do not compress and are not zero."""
     job = {
         "name": "fill",
@@ -49,18 +59,20 @@ def fill(uri: str, size: int) -> None:
         "size": str(size),
         "refill_buffers": "1",
     }
-    _fio(uri, job, _FILL_TIMEOUT_S)
+    _fio(client, job, _FILL_TIMEOUT_S)
 
 
-def run_cell(cell: Cell, uri: str, pid: int, size: int, runtime_s: float, seed: int) -> dict[str, float]:
-    """Run a pattern against the server ``pid`` at ``uri``; what came out, per quantity.
+def run_cell(
+    cell: Cell, client: Client, pid: int, size: int, runtime_s: float, seed: int
+) -> dict[str, float]:
+    """Run a pattern against the server ``pid``; what came out, per quantity.
 
     ``iops``, ``mib_s``; ``p50_us`` and ``p99_us`` (completion latency as the client sees it); ``cpu_us`` (CPU time of
     the server per request, in user space and kernel); ``others_cpu`` (share of the machine that neither the server
     nor fio used: other tenants, and the network stack's own threads).
     """
     before_machine, before_server = busy_time(), cpu_seconds(pid)
-    report = _fio(uri, _job(cell, size, runtime_s, seed), runtime_s)
+    report = _fio(client, _job(cell, size, runtime_s, seed), runtime_s)
     after_machine, after_server = busy_time(), cpu_seconds(pid)
     job = report["jobs"][0]
     side = job["read" if cell.reads else "write"]
@@ -101,10 +113,26 @@ def _job(cell: Cell, size: int, runtime_s: float, seed: int) -> dict[str, str]:
     return job
 
 
-def _fio(uri: str, job: Mapping[str, str], runtime_s: float) -> Any:
-    argv = ["fio", "--ioengine=nbd", f"--uri={uri}", "--thread", "--output-format=json"]
+def _fio(client: Client, job: Mapping[str, str], runtime_s: float) -> Any:
+    argv = ["fio", "--ioengine=nbd", f"--uri={client.uri}", "--thread", "--output-format=json"]
     argv += [f"--{option}={value}" for option, value in job.items()]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=runtime_s + _GRACE_S, check=False)
+    done = subprocess.run(
+        argv,
+        capture_output=True,
+        text=True,
+        timeout=runtime_s + _GRACE_S,
+        check=False,
+        cwd=client.home,
+        **_environment(client),
+    )
     if done.returncode != 0:
-        raise UnavailableError(f"fio failed against {uri}: {(done.stdout + done.stderr)[-2000:]}")
+        raise UnavailableError(f"fio failed against {client.uri}: {(done.stdout + done.stderr)[-2000:]}")
     return json.loads(done.stdout[done.stdout.index("{") :])
+
+
+def _environment(client: Client) -> dict[str, Any]:
+    """fio cannot be told where certificates are; the library below it looks into the home of whoever is not root."""
+    if client.home is None:
+        return {}
+    nobody = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
+    return {"env": {**os.environ, "HOME": str(client.home)}, **nobody}

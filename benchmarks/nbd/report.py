@@ -7,13 +7,12 @@ from typing import Any
 
 import attrs
 
-from benchmarks.common.machine import Machine
 from benchmarks.common.table import Table
 from benchmarks.common.turns import Sample, Summary, ratio, summarise
 from benchmarks.nbd.contenders import Contender
 from benchmarks.nbd.fio import Cell
 
-__all__ = ["Measured", "best_ratio", "describe", "ratio_table", "tables", "to_json"]
+__all__ = ["Measured", "best_ratio", "ratio_table", "row_of", "tables"]
 
 MIB_ROWS_FROM = 64 * 1024
 """From this request size on a row is told in MiB/s, below in thousands of requests per second."""
@@ -49,18 +48,6 @@ def best_ratio(measured: Measured, name: str) -> tuple[str, Summary] | None:
         (rival, ratio(measured.samples[name], measured.samples[rival], "iops")) for rival in measured.rivals()
     ]
     return min(ratios, key=lambda pair: pair[1].median) if ratios else None
-
-
-def describe(machine: Machine, load_after: Sequence[float], rounds: int, runtime_s: float) -> list[str]:
-    """The lines that stand above every table."""
-    tools = ", ".join(machine.tools.values())
-    loads = " → ".join(f"{load:.1f}" for load in (machine.load[0], load_after[0]))
-    return [
-        f"{machine.cores} × {machine.cpu}, {machine.memory_gib} GiB, Linux {machine.kernel}, "
-        f"Python {machine.python}; {tools}.",
-        f"{rounds} rounds of {runtime_s:g} s per cell, contenders taking turns; load average {loads}. "
-        "Median, with minimum and maximum in brackets.",
-    ]
 
 
 def _rate(cell: Cell, summary: Summary, mib: Summary) -> str:
@@ -118,32 +105,20 @@ def tables(measured: Sequence[Measured]) -> list[Table]:
     ]
 
 
-def to_json(
-    machine: Machine, load_after: Sequence[float], runtime_s: float, measured: Sequence[Measured]
-) -> dict[str, Any]:
-    """Everything, samples included, for other programs."""
+def row_of(one: Measured) -> dict[str, Any]:
+    """Everything about a row, samples included, for other programs."""
     return {
-        "machine": attrs.asdict(machine),
-        "load_after": list(load_after),
-        "runtime_s": runtime_s,
-        "rows": [
-            {
-                "row": one.cell.name,
-                "transport": one.transport,
-                "medium": one.medium,
-                "samples": {
-                    name: [dict(sample) for sample in samples] for name, samples in one.samples.items()
-                },
-                "median": {
-                    name: {quantity: one.summary(name, quantity).median for quantity in QUANTITIES}
-                    for name in one.samples
-                },
-                "ours_over_best": {
-                    name: {"rival": found[0], **attrs.asdict(found[1])}
-                    for name in one.ours()
-                    if (found := best_ratio(one, name)) is not None
-                },
-            }
-            for one in measured
-        ],
+        "row": one.cell.name,
+        "transport": one.transport,
+        "medium": one.medium,
+        "samples": {name: [dict(sample) for sample in samples] for name, samples in one.samples.items()},
+        "median": {
+            name: {quantity: one.summary(name, quantity).median for quantity in QUANTITIES}
+            for name in one.samples
+        },
+        "ours_over_best": {
+            name: {"rival": found[0], **attrs.asdict(found[1])}
+            for name in one.ours()
+            if (found := best_ratio(one, name)) is not None
+        },
     }

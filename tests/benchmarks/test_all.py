@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import NAMES, PROGRAMS, command_of
+from benchmarks.__main__ import BUDGET_S, NAMES, PROGRAMS, Program, command_of, run
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -21,3 +21,12 @@ def test_programs_exist_and_write_their_samples(name: str) -> None:
 
 def test_everything_has_its_turn() -> None:
     assert set(NAMES) == {*PROGRAMS, "tracking"}
+
+
+def test_the_budget_is_ten_minutes() -> None:
+    assert BUDGET_S < 600
+
+
+def test_a_benchmark_without_time_left_is_ended() -> None:
+    """With everything that it has started; and it counts as failed."""
+    assert run(Program("http.server", ("0",), ()), quick=False, timeout_s=0.0) is None

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 from rich.console import Console
 
 from benchmarks.common.machine import Machine, busy_time, describe_machine
 from benchmarks.common.table import Table, print_table, to_markdown
 from benchmarks.nbd.contenders import CONTENDERS
+from benchmarks.nbd.document import as_dict, describe, joined, load, measured_of, save, tables_of
 from benchmarks.nbd.fio import Cell
+from benchmarks.nbd.page import REMARKS, write_page
 from benchmarks.nbd.plot import plot_ratios
-from benchmarks.nbd.report import QUANTITIES, Measured, best_ratio, ratio_table, tables, to_json
+from benchmarks.nbd.report import QUANTITIES, Measured, best_ratio, ratio_table, row_of, tables
 from benchmarks.nbd.rows import QUICK, ROWS, select
 from silo.errors import InvalidRequestError
 
@@ -57,12 +61,56 @@ def test_tables_tell_everything() -> None:
     assert "MiB/s" in table.rows[0][1]
 
 
-def test_json_holds_all_samples() -> None:
-    document = json.loads(json.dumps(to_json(MACHINE, (1, 1, 1), 2.0, [measured()])))
-    (row,) = document["rows"]
+def document_of(one: Measured) -> dict[str, Any]:
+    facts = {"runtime_s": 1.0, "priority": 0, "load": [1.0, 2.0]}
+    table = Table("Extra", ("row", "number"), (("a", "1"),))
+    found = {"machine": attrs.asdict(MACHINE), "rows": [{**row_of(one), **facts}], "tables": [as_dict(table)]}
+    return json.loads(json.dumps(found))
+
+
+def test_a_document_holds_all_samples(tmp_path: Path) -> None:
+    save(document_of(measured()), tmp_path / "out.json")
+    found = load(tmp_path / "out.json")
+    (row,) = found["rows"]
     assert len(row["samples"]["nbdkit-memory"]) == 2
     assert row["ours_over_best"]["silo-memory"]["rival"] == "nbdkit-memory"
     assert row["median"]["qemu-nbd-tmpfs"]["iops"] == 10.5
+    (one,) = measured_of(found)
+    assert ratio_table([one]) == ratio_table([measured()])
+    assert "2 rounds of 1 s" in describe(found)[1]
+    assert load(tmp_path / "none.json") == {}
+
+
+def test_documents_are_put_together() -> None:
+    """Rows of the newer one replace the same rows of the older one; all come in the order of the report."""
+    older, newer = measured(), measured()
+    other = Measured(ROWS[0], "tcp", "memory", older.contenders, older.samples)
+    better = Measured(
+        newer.cell,
+        "unix",
+        "memory",
+        newer.contenders,
+        dict(newer.samples) | {"silo-memory": [sample(60), sample(61)]},
+    )
+    both = joined(joined(document_of(other), document_of(older)), document_of(better))
+    assert [(one.transport, one.samples["silo-memory"][0]["iops"]) for one in measured_of(both)] == [
+        ("unix", 60),
+        ("tcp", 30),
+    ]
+    assert [table.title for table in tables_of(both)] == ["Extra"]
+
+
+def test_the_page_keeps_what_was_written_by_hand(tmp_path: Path) -> None:
+    write_page(document_of(measured()), tmp_path)
+    page = tmp_path / "nbd.md"
+    assert REMARKS not in page.read_text()
+    page.write_text(page.read_text() + REMARKS + "\nA remark.\n")
+    before = page.read_text()
+    write_page(document_of(measured()), tmp_path)
+    assert page.read_text().endswith(REMARKS + "\nA remark.\n")
+    write_page(document_of(measured()), tmp_path)
+    assert page.read_text().count("A remark.") == 1
+    assert before.count("### Ratios") == page.read_text().count("### Ratios") == 1
 
 
 def test_one_table_two_faces(tmp_path: Path) -> None:
