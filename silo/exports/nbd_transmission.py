@@ -214,6 +214,8 @@ class Transmission:
             if received <= 0 or served > _TURN_MAX or not (now > 1 or self._parser.lacks > 0):
                 break
         self._singles = self._singles + 1 if served <= 1 else 0
+        if self._stream.is_reading:
+            self._stream.resume()  # an encrypted one may hold bytes that the socket will not tell of again
         if self._singles > _SINGLES_MIN or self._parser.lacks > 0:
             self._expect_soon()
 

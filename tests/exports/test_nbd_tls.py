@@ -12,7 +12,7 @@ from silo.errors import InvalidRequestError
 from silo.exports.nbd_catalog import TlsPolicy
 from silo.exports.nbd_server import NbdServer, NbdServerSettings
 from silo.exports.nbd_tls import NbdTls, server_context
-from silo.exports.nbd_wire import Command, Option, OptionReply
+from silo.exports.nbd_wire import REQUEST, REQUEST_MAGIC, Command, Option, OptionReply
 from silo.volume import Volume
 from tests.support.certificates import Authority
 from tests.support.nbd_peer import Peer, condition, serving
@@ -101,6 +101,22 @@ async def test_requests_over_an_encrypted_connection(tmp_path: Path, policy: Tls
         await peer.request(Command.DISC)
         with pytest.raises(EOFError, match="goodbye"):
             await peer.receive(1)
+
+
+async def test_nothing_is_left_behind_in_the_decryption(tmp_path: Path):
+    """What was decrypted together with a large write is served although the socket has nothing more to say."""
+    authority = Authority(tmp_path)
+    async with serving(memory(), tls=tls(authority)) as server, TlsPeer(server) as peer:
+        await peer.greet()
+        await peer.secure(authority.client_context())
+        await peer.option(Option.GO, b"\0\0\0\0\0\0")
+        for length in (200_000, 262_144 - 28, 262_144, 300_000, MIB):
+            write = REQUEST.pack(REQUEST_MAGIC, 0, Command.WRITE, 1, 0, length) + b"w" * length
+            reads = (REQUEST.pack(REQUEST_MAGIC, 0, Command.READ, cookie, 0, 5) for cookie in (2, 3, 4))
+            await peer.send(write + b"".join(reads))
+            assert await peer.reply() == (1, 0, b"")
+            for cookie in (2, 3, 4):
+                assert await peer.reply(5) == (cookie, 0, b"wwwww")
 
 
 async def test_a_flood_of_encrypted_requests_waits_for_the_client_to_listen(tmp_path: Path):
