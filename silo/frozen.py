@@ -33,7 +33,7 @@ from silo.geometry import Geometry
 
 __all__ = ["CopySpace", "Cut", "Taken", "VolumeCut"]
 
-CAPTURE_STEP = 512 * 1024
+CAPTURE_STEP = 256 * 1024
 """Bytes that are copied from a fast device before guests get a turn: some tens of microseconds."""
 
 

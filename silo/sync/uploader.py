@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import attrs
 import numpy as np
@@ -42,6 +43,9 @@ from silo.sync.workers import Workers
 from silo.tasks import task_group
 
 __all__ = ["CutUpload", "Uploader"]
+
+PACK_STEP = 16
+"""Chunks that are packed before guests get a turn: some tens of microseconds."""
 
 
 @attrs.frozen
@@ -100,6 +104,9 @@ class CutUpload:
         self._tasks = tasks
         self._pipeline: deque[asyncio.Task[_Batch]] = deque()
         self._zeros: dict[str, list[int]] = {name: [] for name in cut.volumes}
+        self._hashing = asyncio.Lock()
+        self._is_noise = False
+        """Nothing of the last batch could be compressed."""
         self._builder = self._new_builder()
         self._room = shared.settings.segment_size
         """How large the segment that is being packed may become. One entry always fits."""
@@ -157,11 +164,15 @@ class CutUpload:
         known: list[bytes | None],
         lease: Lease,
     ) -> _Batch:
-        return _Batch(volume, chunks, await self._shared.workers.encode(contents, known), lease)
+        # One thread hashes faster than stores take it. A second one only wakes the others up, unless it compresses.
+        async with self._hashing if self._is_noise else nullcontext():
+            return _Batch(volume, chunks, await self._shared.workers.encode(contents, known), lease)
 
     async def _pack(self, batch: _Batch) -> None:
         zeros = self._zeros[batch.volume]
-        for chunk, encoded in zip(batch.chunks, batch.encoded, strict=True):
+        for number, (chunk, encoded) in enumerate(zip(batch.chunks, batch.encoded, strict=True)):
+            if number % PACK_STEP == PACK_STEP - 1:
+                await asyncio.sleep(0)
             if encoded is None:
                 self._shared.elided_chunks += 1
             elif encoded.kind is Kind.ZERO:
@@ -174,6 +185,8 @@ class CutUpload:
                     batch.lease.hold()
                     self._leases.append(batch.lease)
         batch.lease.drop()
+        kinds = [encoded.kind for encoded in batch.encoded if encoded is not None]
+        self._is_noise = Kind.ZSTD not in kinds and Kind.RAW in kinds
 
     async def _pack_zeros(self, part: Taken) -> None:
         written: Indices = np.array(sorted(self._zeros[part.name]), dtype=np.int64)
@@ -190,6 +203,9 @@ class CutUpload:
         if not self._builder.entry_count:
             return
         segment = self._builder.seal()
+        self._hashing = asyncio.Lock()
+        self._is_noise = False
+        """Nothing of the last batch could be compressed."""
         self._builder = self._new_builder()
         self._room = self._shared.settings.segment_size
         leases, self._leases = self._leases, []
