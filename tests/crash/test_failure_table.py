@@ -72,7 +72,9 @@ class Scene:
         why = ""
         try:
             async with ControlClient(self.a.state / "control.sock") as client:
-                async for line in client.stream("migrate", group="vm1", to=self.peer, deadline_s=60.0):
+                async for line in client.stream(
+                    "migrate", group="vm1", to=self.peer, deadline_s=60.0, evacuate=False
+                ):
                     event = {"event": "report"} if isinstance(line, Result) else line
                     self.events.append(event)
                     self.seen.set()

@@ -100,7 +100,7 @@ class Daemon:
     async def migrate(self, group: str, to: str, until: Any = None) -> dict[str, Any]:
         """Start a migration and follow it: to the report, or to the first event that ``until`` likes."""
         async with ControlClient(self.state / "control.sock") as client:
-            async for line in client.stream("migrate", group=group, to=to, deadline_s=60.0):
+            async for line in client.stream("migrate", group=group, to=to, deadline_s=60.0, evacuate=False):
                 if isinstance(line, Result):
                     return {"report": line.value}
                 if until is not None and until(line):
