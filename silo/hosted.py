@@ -40,8 +40,8 @@ from silo.p2p.records import OFFER_RECORD
 from silo.p2p.settings import MigrationPolicy
 from silo.p2p.source import SourceMigration
 from silo.p2p.target import TargetMigration
-from silo.resuming import RESUME_RECORD, Resumption
-from silo.seeing import heat_of, seen_phase, sync_status, volume_status
+from silo.resuming import Resumption, end_resumption
+from silo.seeing import group_status, heat_of
 from silo.statedir import GroupState
 from silo.storelink import StoreLink
 from silo.sync.head import PartRef
@@ -385,17 +385,9 @@ class HostedGroup:
         """After the opening of a hibernated group: let its workload go on, and commits begin. See `silo.resuming`."""
         if self.waking is None or self.link is None:
             raise InvariantError(f"group {self.name} was to be woken, and has no state to wake from")
-        if not self.group.exposed_bytes:
-            runner = self.runner.for_migration(Role.TARGET)
-            await runner.prepare()
-            await runner.resume(self.waking.state)
-            await runner.unquiesce()
+        await self.waking.wake(self.group, self.runner.for_migration(Role.TARGET))
         self.waking = None
-        await self.link.release_commits()
-        try:
-            await self.state.delete_record(RESUME_RECORD)
-        except SiloError as error:
-            logger.warning("group %s: a record of its resumption stays: %s", self.name, error)
+        await end_resumption(self.state, self.link)
 
     async def give_back(self) -> None:
         """Undo a resumption that failed: the group is hibernated as before. Nothing to do when it has succeeded after
@@ -414,21 +406,8 @@ class HostedGroup:
 
     def status(self) -> dict[str, Any]:
         """Everything that can be seen of the group, as plain values; sizes in bytes. Reads every map once."""
-        sync = self.link.status if self.link is not None else None
-        return {
-            "name": self.name,
-            "state": seen_phase(self.group, self.phase),
-            "epoch": sync.epoch if sync else None,
-            "hydrated": self.is_hydrated,
-            "hydration_error": self.hydrator.error,
-            "exposed_bytes": self.group.exposed_bytes,
-            "migration": self.move.phase.value if self.move and self.move.phase else None,
-            "bytes_store": self.link.fetched_bytes if self.link else 0,
-            "volumes": [
-                volume_status(v, self._exporter.uris(self.name, v.name)) for v in self.volumes.values()
-            ],
-            "sync": sync and sync_status(sync),
-        }
+        moving = self.move.phase if self.move else None
+        return group_status(self.group, self.phase, moving, self.link, self.hydrator, self._exporter)
 
     def heat(self, cells: int) -> list[dict[str, Any]]:
         """The heat of each volume in at most ``cells`` runs of chunks, relative to the hottest of them."""

@@ -12,19 +12,31 @@ older than its disks.
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 import attrs
 
 from silo.abc import Clock, ObjectStore
-from silo.errors import CorruptionError, InvalidRequestError
+from silo.errors import CorruptionError, InvalidRequestError, SiloError
+from silo.group import Group
+from silo.hooks.runner import WorkloadRunner
 from silo.statedir import GroupState
 from silo.storelink import StoreLink
 from silo.sync.head import Head, PartRef
 from silo.sync.register import Register
 from silo.sync.store_url import open_store
 
-__all__ = ["RESUME_RECORD", "Resumption", "begin_resumption", "refuse_hibernated", "stored_head"]
+__all__ = [
+    "RESUME_RECORD",
+    "Resumption",
+    "begin_resumption",
+    "end_resumption",
+    "refuse_hibernated",
+    "stored_head",
+]
+
+logger = logging.getLogger(__name__)
 
 RESUME_RECORD: Final = "resume"
 """Name of the record."""
@@ -45,6 +57,13 @@ class Resumption:
                 "the group was resumed by somebody else meanwhile", hint="look at its state again"
             )
 
+    async def wake(self, group: Group, guest: WorkloadRunner) -> None:
+        """Let the workload go on, unless it has run before; then its writes are dirty, because commits are held."""
+        if not group.exposed_bytes:
+            await guest.prepare()
+            await guest.resume(self.state)
+            await guest.unquiesce()
+
 
 async def begin_resumption(state: GroupState, link: StoreLink | None) -> Resumption:
     """Before the claim: fetch the workload's state, hold commits, and write down what is about to happen.
@@ -60,6 +79,15 @@ async def begin_resumption(state: GroupState, link: StoreLink | None) -> Resumpt
     await state.write_record(RESUME_RECORD, b"")
     await link.hold_commits()
     return Resumption(saved, head.resume)
+
+
+async def end_resumption(state: GroupState, link: StoreLink) -> None:
+    """The workload runs: commits begin. A record that stays would only be looked at once more."""
+    await link.release_commits()
+    try:
+        await state.delete_record(RESUME_RECORD)
+    except SiloError as error:
+        logger.warning("group %s: a record of its resumption stays: %s", state.name, error)
 
 
 async def refuse_hibernated(state: GroupState, link: StoreLink | None, *, cold: bool) -> None:

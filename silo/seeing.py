@@ -9,14 +9,45 @@ import numpy as np
 
 from silo.chunkmap import RESIDENCY_MASK, SYNC_DIRTY, SYNC_IN_CUT, Residency
 from silo.errors import FencedError
+from silo.events import Phase
+from silo.exporting import Exporter
 from silo.group import Group
+from silo.hydrator import Hydrator
+from silo.storelink import StoreLink
 from silo.sync.status import SyncStatus
 from silo.volume import Volume
 
-__all__ = ["heat_of", "seen_phase", "sync_status", "volume_status"]
+__all__ = ["group_status", "heat_of"]
 
 
-def volume_status(volume: Volume, uris: Sequence[str]) -> dict[str, Any]:
+ABSENT = (Residency.ABSENT_STORE, Residency.ABSENT_PEER)
+
+
+def group_status(
+    group: Group,
+    phase: str,
+    moving: Phase | None,
+    link: StoreLink | None,
+    hydrator: Hydrator,
+    exporter: Exporter,
+) -> dict[str, Any]:
+    """Everything that can be seen of a group; sizes in bytes. Reads every map once."""
+    sync = link.status if link is not None else None
+    return {
+        "name": group.name,
+        "state": _seen_phase(group, phase),
+        "epoch": sync.epoch if sync else None,
+        "hydrated": not group.absent_counts(ABSENT),
+        "hydration_error": hydrator.error,
+        "exposed_bytes": group.exposed_bytes,
+        "migration": moving.value if moving else None,
+        "bytes_store": link.fetched_bytes if link else 0,
+        "volumes": [_volume_status(v, exporter.uris(group.name, v.name)) for v in group.volumes.values()],
+        "sync": sync and _sync_status(sync),
+    }
+
+
+def _volume_status(volume: Volume, uris: Sequence[str]) -> dict[str, Any]:
     """Sizes in bytes. Reads the map once."""
     counts = volume.chunks.count_residency()
     chunk_size = volume.geometry.chunk_size
@@ -57,7 +88,7 @@ def heat_of(volume: Volume, cells: int) -> dict[str, Any]:
     }
 
 
-def sync_status(sync: SyncStatus) -> dict[str, Any]:
+def _sync_status(sync: SyncStatus) -> dict[str, Any]:
     """How the store is kept up to date."""
     return {
         "phase": sync.phase.value,
@@ -74,7 +105,7 @@ def sync_status(sync: SyncStatus) -> dict[str, Any]:
     }
 
 
-def seen_phase(group: Group, phase: str) -> str:
+def _seen_phase(group: Group, phase: str) -> str:
     """What the group is doing, or what keeps its guest from its disks meanwhile."""
     gate = group.gate
     if isinstance(gate.error, FencedError):

@@ -81,7 +81,9 @@ class Daemon:
         if self._process is None:
             return 0
         with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(how)
+            os.kill(
+                self._process.pid, how
+            )  # `send_signal` would reap a process that somebody else has killed
         async with asyncio.timeout(START_TIMEOUT_S):
             code = await self._process.wait()
         self._process = None
