@@ -21,6 +21,7 @@ from silo import Host, VolumeSpec
 from silo.devices.layer import Layer
 from silo.devices.memory import MemoryDevice
 from silo.errors import SiloError
+from silo.events import Phase
 from silo.hooks.inprocess import CallbackWorkload
 from silo.hosted import HostedGroup
 from silo.sync.head import parse_head
@@ -130,7 +131,10 @@ class Story:
 
     async def _trouble(self) -> None:
         for _ in range(TROUBLES):
-            await asyncio.sleep(self.chance.expovariate(0.7))
+            if self.chance.random() < 0.5:
+                await asyncio.sleep(self.chance.expovariate(0.7))
+            else:
+                await self._near_switchover()
             if self.is_calm:
                 return
             kind = self.chance.choice(["cut", "silence", "kill", "kill", "store"])
@@ -147,6 +151,14 @@ class Story:
                 self.store.offline = False
             else:
                 await self.machines[one].die()
+
+    async def _near_switchover(self) -> None:
+        """Wait for one, for a while, and then for a moment."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(5.0):
+                while not any(machine.is_switching for machine in self.machines.values()):
+                    await asyncio.sleep(0.0005)
+        await asyncio.sleep(self.chance.choice((0.0, 0.002, 0.02, 0.1)))
 
     async def _end(self) -> None:
         """Calm: what the guest has written is there, in the store too, and every generation was a real state."""
@@ -297,6 +309,12 @@ class Machine:
                 )
             except SiloError:
                 continue
+
+    @property
+    def is_switching(self) -> bool:
+        """It is just handing the group over."""
+        move = self.group.move if self.group is not None else None
+        return move is not None and move.phase is Phase.SWITCHOVER
 
     # ---- what happens to it -----------------------------------------------------------------------------
 
