@@ -32,6 +32,8 @@ from silo.events import Phase, PhaseEntered
 from silo.threads import run_to_completion
 
 GROUP, VOLUME = "bench", "disk"
+SOURCE_FILES, TARGET_FILES = "source-tls", "target-tls"
+"""Where the parent puts their certificates, if there are any."""
 LAZY = silo.SyncSettings(rpo_s=3600.0)
 """No cut comes by itself: what is unsynced stays so."""
 
@@ -65,7 +67,7 @@ class Rewriter:
 
 async def run_source(scenario: Scenario, directory: Path) -> None:
     """See the module."""
-    async with silo.Host(directory / "source", transport=silo.PlainTransport(insecure_tcp=True)) as host:
+    async with silo.Host(directory / "source", **_between_hosts(scenario, directory / SOURCE_FILES)) as host:
         device = _device(scenario, directory / "source.img")
         group = await host.open_group(GROUP, {VOLUME: device}, store=_store(scenario, directory), sync=LAZY)
         volume, blocks = group.volumes[VOLUME], used_blocks(scenario)
@@ -96,8 +98,8 @@ async def run_source(scenario: Scenario, directory: Path) -> None:
 
 async def run_target(scenario: Scenario, directory: Path) -> None:
     """See the module."""
-    transport = silo.PlainTransport(insecure_tcp=True)
-    async with silo.Host(directory / "target", transport=transport, listen="tcp:127.0.0.1:0") as host:
+    security = _between_hosts(scenario, directory / TARGET_FILES)
+    async with silo.Host(directory / "target", listen="tcp:127.0.0.1:0", **security) as host:
         say("listening", url=host.peer_url)
         async for offer in host.offers():
             device = _device(scenario, directory / "target.img")
@@ -120,6 +122,13 @@ async def _verify(scenario: Scenario, volume: silo.Volume, versions: Mapping[str
     for offset in range(0, scenario.size, BLOCK):
         if bytes(await volume.read(offset, BLOCK)) != expected.get(offset, zeros):
             raise CorruptionError(f"the block at {offset} is not what was written at the source")
+
+
+def _between_hosts(scenario: Scenario, files: Path) -> dict[str, Any]:
+    """How `silo.Host` is told to reach the other one."""
+    if scenario.tls:
+        return {"tls": silo.HostTls.in_directory(files)}
+    return {"transport": silo.PlainTransport(insecure_tcp=True)}
 
 
 def _device(scenario: Scenario, path: Path) -> silo.BlockDevice:

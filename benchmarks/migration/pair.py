@@ -15,8 +15,11 @@ from typing import Any, Self
 
 from benchmarks.common.child import cpu_seconds
 from benchmarks.common.turns import Sample
+from benchmarks.migration.host_child import SOURCE_FILES, TARGET_FILES
 from benchmarks.migration.scenario import CHUNK, Scenario
+from silo.clock import SystemClock
 from silo.errors import UnavailableError
+from silo.p2p.tls_authority import Authority
 
 __all__ = ["HostChild", "migrate_once"]
 
@@ -84,6 +87,11 @@ def migrate_once(scenario: Scenario, parent: Path | None = None) -> Sample:
     """Prepare, migrate, verify every byte afterwards. Nothing but the migration itself is inside the numbers."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="silo-bench-", dir=parent)))
+        if scenario.tls:
+            fleet = Authority(directory / "ca", SystemClock())
+            fleet.make()
+            for name, files in (("source", SOURCE_FILES), ("target", TARGET_FILES)):
+                fleet.issue(name, ["127.0.0.1"], directory=directory / files)
         target = stack.enter_context(HostChild("target", scenario, directory))
         source = stack.enter_context(HostChild("source", scenario, directory))
         url = target.expect("listening")["url"]

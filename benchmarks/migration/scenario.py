@@ -40,6 +40,8 @@ class Scenario:
     """Chunks of what is synced that are written once more before the migration begins."""
     rewrites_per_s: int = 0
     """Chunks that a guest at the source writes again while the migration runs."""
+    tls: bool = False
+    """Whether the hosts talk over mutual TLS."""
     seed: int = 1
 
     @property

@@ -9,9 +9,9 @@ __all__ = ["bulk", "downtime", "evacuation", "moved"]
 MIB, GIB = 1 << 20, 1 << 30
 
 
-def bulk(size: int) -> Scenario:
+def bulk(size: int, *, tls: bool = False) -> Scenario:
     """Everything is unique: a full disk in memory, and no store."""
-    return Scenario(name="bulk", size=size, unsynced=size)
+    return Scenario(name="bulk", size=size, unsynced=size, tls=tls)
 
 
 def downtime() -> Scenario:
@@ -29,7 +29,7 @@ def moved() -> Scenario:
 
 
 def evacuation(*, large: bool, quick: bool) -> Scenario:
-    """The same 64 MiB that nobody else has, on a small and on a large sparse disk."""
-    unsynced = (8 if quick else 64) * MIB
-    size = 4 * GIB if large else 512 * MIB
+    """The same 256 MiB that nobody else has, on a small and on a large sparse disk."""
+    unsynced = (8 if quick else 256) * MIB
+    size = (1 if quick else 16) * GIB if large else (256 * MIB if quick else GIB)
     return Scenario(name="large" if large else "small", size=size, unsynced=unsynced, store=True)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import attrs
 import pytest
 
+from benchmarks.common.machine import describe_machine
+from benchmarks.migration.document import page
 from benchmarks.migration.host_child import Rewriter
 from benchmarks.migration.pair import migrate_once
 from benchmarks.migration.report import Measured, moved_ratio, tables
@@ -105,7 +109,7 @@ def test_only_what_was_measured_is_shown() -> None:
         )
     )
     assert [table.title.partition(" ")[0] for table in shown] == ["Downtime", "Bytes", "Evacuation"]
-    assert shown[0].rows == [("downtime, ms", "7.0 [5.0-30.0]", "3")]
+    assert shown[0].rows[0] == ("downtime, ms", "7.0 [5.0-30.0]", "3")
     assert shown[2].rows[-1] == ("large ÷ small", "1.10 [1.10-1.10]")
     assert all(len(row) == len(table.headings) for table in shown for row in table.rows)
     assert tables(Measured()) == []
@@ -129,6 +133,30 @@ def test_two_hosts_move_a_disk_and_it_is_verified(tmp_path: Path) -> None:
     assert sample["bytes_peer"] + sample["bytes_store"] >= scenario.used
     assert moved_ratio(sample, scenario) <= 1.1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_says_which_bars_are_reached() -> None:
+    """From samples that went through JSON; parts that were not measured are not there."""
+    plain, tls, rival = ([{"mb_s": rate, "cpu_s_per_gib": 1.0}] for rate in (300.0, 120.0, 200.0))
+    measured = Measured(
+        bulk={"silo": plain, "silo, TLS": tls, "nbdcopy": rival},
+        moved=[{"bytes_peer": 1.0, "bytes_store": 1.0, "rewritten_bytes": 0.0}],
+        moved_scenario=Scenario(name="a", size=2 * MIB, unsynced=MIB),
+        circumstances={"bulk": "1 rounds"},
+    )
+    document = {"machine": {}, **attrs.asdict(measured)}
+    assert Measured.from_dict(json.loads(json.dumps(document))) == measured
+    text = page(describe_machine(()), measured)
+    assert "silo ÷ nbdcopy at least 0.8. Found 1.50: reached" in text
+    assert "TLS ÷ plain at least 0.5. Found 0.40: **not reached**" in text
+    assert "Downtime" not in text
+    assert "Measured with 1 rounds." in text
+
+
+def test_two_hosts_move_a_disk_over_tls(tmp_path: Path) -> None:
+    """As without: every byte is compared."""
+    sample = migrate_once(bulk(2 * MIB, tls=True), tmp_path)
+    assert sample["bytes_peer"] == 2 * MIB
 
 
 def test_parts_are_joined() -> None:
