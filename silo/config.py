@@ -45,6 +45,7 @@ import msgspec
 from silo.errors import InvalidRequestError
 from silo.names import check_group_name, check_volume_name
 from silo.nbdconfig import NbdConfig
+from silo.p2p.settings import CONNECTIONS_MAX
 from silo.settings import parse_duration, parse_rate, parse_size
 from silo.sync.lease import check_lease
 
@@ -152,6 +153,8 @@ class MigrationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     workload_timeout: str | float = "30s"
     """For each hook of a workload."""
+    connections: int = 2
+    """Over so many connections content is pushed to another host; demands have one more."""
     hot: str | int = "512M"
     """Most of what the store has, too, and is pushed all the same because the guest reads it a lot."""
 
@@ -250,6 +253,8 @@ def check_config(config: ServeConfig, origin: str) -> ServeConfig:
             raise InvalidRequestError("the timeout of hooks must be positive")
         if config.migration.hot_bytes < 0:
             raise InvalidRequestError("the limit of hot chunks cannot be negative", hint='"0" pushes none')
+        if not 1 <= config.migration.connections <= CONNECTIONS_MAX:
+            raise InvalidRequestError(f"content is pushed over 1 to {CONNECTIONS_MAX} connections")
         where = f"{origin}: nbd"
         config.nbd.check()
         for url in (config.listen, config.peer):

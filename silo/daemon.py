@@ -59,7 +59,9 @@ async def serve_until_told(
         peers = HostTls.in_directory(config.tls_dir, check_names=not config.tls_any_name)
         plain = PlainTransport(insecure_tcp=config.insecure_peer)
         migration = MigrationSettings(
-            workload_timeout_s=config.migration.workload_timeout_s, hot_size=config.migration.hot_bytes
+            workload_timeout_s=config.migration.workload_timeout_s,
+            hot_size=config.migration.hot_bytes,
+            connections=config.migration.connections,
         )
         tls = await run_to_completion(None, config.nbd.load)
         async with Host(

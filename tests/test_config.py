@@ -22,6 +22,7 @@ bandwidth = "100Mbit"
 
 [migration]
 workload_timeout = "90s"
+connections = 4
 hot = "64M"
 
 [incoming]
@@ -64,6 +65,7 @@ def test_a_full_file_is_understood(tmp_path: Path) -> None:
     assert config.workload.commands == {"suspend": "true"}
     assert config.migration.workload_timeout_s == 90.0
     assert (config.flush_of("vm1"), config.flush_of("other")) == ("store", "local")
+    assert config.migration.connections == 4
     assert config.migration.hot_bytes == 64 << 20
     limits = config.nbd.settings()
     assert (limits.connections_max, limits.payload_bytes, limits.handshake_timeout_s) == (16, 64 << 20, 30.0)
@@ -112,6 +114,7 @@ def test_a_flag_beats_the_file(tmp_path: Path) -> None:
         ("flush = 'peer'", "flush"),
         ("flush = 'store'", "needs a store"),
         ("[groups.vm1]\nflush = 'store'\n[groups.vm1.volumes.disk]\npath = 'd'", "needs a store"),
+        ("[migration]\nconnections = 17", "connections"),
         ("[groups.vm1.volumes.disk]\npath = 'd'\nsize = '8 bananas'", "bananas"),
         ("[groups.vm1.volumes.disk]\npath = 'd'\nchunk_size = '5K'", "5K"),
         ("[groups.vm1.volumes.disk]\nsize = '8G'", "path"),

@@ -10,7 +10,8 @@ Bulk lane::
                         │ the target's stage says where: ────────────────┴────────────────────┘
                         └ REFUSED ◄ ── closed (as after OFFER)
 
-Demand lane: HELLO, WELCOME, then WANT one way and CHUNK or UNAVAILABLE the other.
+Demand lane: HELLO, WELCOME, then WANT one way and CHUNK or UNAVAILABLE the other. Push lanes: HELLO, WELCOME, then
+CHUNK one way and ACK the other.
 
 What may be said while COPYING and HANDED is not ordered further: every such message is idempotent, and what it
 means in each state of a side is in `silo.p2p.handover`.
@@ -46,6 +47,7 @@ class Phase(enum.Enum):
     COPYING = "copying"
     HANDED = "handed"
     DEMAND = "demand"
+    PUSH = "push"
     CLOSED = "closed"
 
 
@@ -68,7 +70,7 @@ CONVERSATION: Final[dict[_Step, Phase]] = {
     (P.OFFERED, Side.SOURCE, K.WITHDRAW): P.OFFERED,
     (P.COPYING, Side.SOURCE, K.HANDOVER): P.HANDED,
     **_stay(
-        P.COPYING, Side.SOURCE, (K.HEAT, K.INVALIDATE, K.ZEROS, K.CHUNK, K.PART, K.WITHDRAW)
+        P.COPYING, Side.SOURCE, (K.HEAT, K.INVALIDATE, K.ROUND, K.ZEROS, K.CHUNK, K.PART, K.WITHDRAW)
     ),
     **_stay(P.COPYING, Side.TARGET, (K.ACK, K.DECLINED)),
     **_stay(
@@ -77,13 +79,16 @@ CONVERSATION: Final[dict[_Step, Phase]] = {
     **_stay(P.HANDED, Side.TARGET, (K.ACK, K.AT_WORK, K.DECLINED, K.TAKEN, K.NEED, K.NEED_END, K.EVACUATED)),
     **_stay(P.DEMAND, Side.SOURCE, (K.CHUNK, K.UNAVAILABLE)),
     **_stay(P.DEMAND, Side.TARGET, (K.WANT,)),
+    **_stay(P.PUSH, Side.SOURCE, (K.CHUNK,)),
+    **_stay(P.PUSH, Side.TARGET, (K.ACK,)),
     **{
         (phase, side, K.PING): phase
-        for phase in (P.NEW, P.OFFERED, P.COPYING, P.HANDED, P.DEMAND)
+        for phase in (P.NEW, P.OFFERED, P.COPYING, P.HANDED, P.DEMAND, P.PUSH)
         for side in Side
     },
 }  # fmt: skip
 
+_LANES: Final = {Lane.DEMAND: P.DEMAND, Lane.PUSH: P.PUSH}
 _STAGES: Final = {Stage.NEW: P.NEW, Stage.COPYING: P.COPYING, Stage.HANDED: P.HANDED}
 
 
@@ -116,4 +121,4 @@ class Conversation:
         """WELCOME was sent or received: go where its stage and the lane of HELLO lead."""
         if self.phase is not Phase.NEW:
             raise LocalProtocolError(f"the welcome was looked at in phase {self.phase.name}")
-        self.phase = Phase.DEMAND if lane is Lane.DEMAND else _STAGES[stage]
+        self.phase = _LANES.get(lane) or _STAGES[stage]

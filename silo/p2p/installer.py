@@ -5,6 +5,11 @@ takes none that is older than its last invalidation. After it, content does not 
 was sent as final counts. So whatever a connection still held when it broke cannot do harm, and neither can anything
 of another migration.
 
+Pushes come over several connections, and nothing orders those among one another. What came too late is refused by its
+round; what came too early, before its round was announced, waits (`until_announced`), or else it would be dropped in
+favour of the older content that its round invalidates, and count as there all the same. What was sent before the
+handover and comes after it is refused. (That an invalidation waits for a fill that has begun is the volume's business.)
+
 Installing is filling: only what is absent is written, so the guest always wins, and doing it twice is harmless.
 """
 
@@ -20,11 +25,12 @@ from silo.abc import Buffer, Clock
 from silo.chunkmap import RESIDENCY_MASK, SYNC_DIRTY, ChunkMap, Indices, Residency, runs_of
 from silo.errors import RemoteProtocolError
 from silo.p2p.chunksets import SET_WINDOW
-from silo.p2p.messages import FINAL_ROUND, Heat, Invalidate, Zeros, message_set
+from silo.p2p.messages import FINAL_ROUND, Heat, Invalidate, Round, Zeros, message_set
 from silo.p2p.meter import Meter
 from silo.p2p.peer_source import PeerSource
 from silo.p2p.precopy import dequantise
 from silo.p2p.records import HandoverBody, unpack_set
+from silo.p2p.signal import Signal
 from silo.p2p.wire import ChunkFrame, Encoding
 from silo.volume import Volume
 
@@ -43,6 +49,10 @@ class Installer:
         self._migration = migration
         self._peer = peer
         self._round = 0
+        self._announced = 0
+        self._is_closing = False
+        """The handover is being applied: what was sent before it, and comes over other lanes, counts no more."""
+        self._changed = Signal()
         self._invalid: list[npt.NDArray[np.uint16]] = [
             np.zeros(volume.chunks.count, dtype=np.uint16) for volume in volumes
         ]
@@ -71,6 +81,19 @@ class Installer:
         self._invalid[message.volume][chunks] = message.round
         for first, limit in runs_of(chunks):
             await volume.invalidate(first, limit, Residency.ABSENT_PEER)
+
+    def announce(self, message: Round) -> None:
+        """Every invalidation of a round has been dealt with."""
+        if self.is_final or not max(self._round, self._announced) <= message.round < FINAL_ROUND:
+            raise RemoteProtocolError(f"round {message.round} began after round {self._round}")
+        self._round = self._announced = message.round
+        self._changed.notify()
+
+    async def until_announced(self, round_: int) -> None:
+        """Return when content of this round may be judged. No deadline: a source that does not go on is silent, too."""
+        await self._changed.until(
+            lambda: self.is_final or (round_ <= self._announced and round_ != FINAL_ROUND)
+        )
 
     async def install(self, frame: ChunkFrame) -> None:
         """Verify a pushed or demanded chunk, and fill it if it is absent and the push is not outdated.
@@ -103,6 +126,7 @@ class Installer:
             current = chunks if self._is_current(message.round, message.volume, 0) else chunks[:0]
         else:
             current = chunks[self._invalid[message.volume][chunks] <= message.round]
+            current = current[:0] if self._is_closing else current
         self._peer.arrived_zeros(message.volume, current)
         for first, limit in runs_of(current):
             volume.fill_zeros_nowait(first, limit)
@@ -112,7 +136,7 @@ class Installer:
             return round_ == FINAL_ROUND
         if round_ == FINAL_ROUND:
             raise RemoteProtocolError("final content was sent before the handover")
-        return round_ >= int(self._invalid[volume][chunk])
+        return not self._is_closing and round_ >= int(self._invalid[volume][chunk])
 
     def adopt_heat(self, message: Heat) -> None:
         """How hot chunks are at the source: what hydration and the next migration go by."""
@@ -140,6 +164,7 @@ class Installer:
 
     async def apply(self, body: HandoverBody) -> None:
         """What is missing becomes absent. Once, before the record is written: later the guest may have written it."""
+        self._is_closing = True
         for volume, part in zip(self.volumes, body.volumes, strict=True):
             for missing in unpack_set(part.missing, volume.geometry):
                 for first, limit in runs_of(missing):
@@ -170,6 +195,7 @@ class Installer:
             _set_absent(chunks, covered, chunks.count, Residency.ABSENT_STORE)
         self.is_final = True
         self._invalid = []
+        self._changed.notify()
 
     def needed(self) -> list[Indices]:
         """The chunks of each volume that only the source has. Reads every map."""

@@ -22,6 +22,7 @@ from silo.p2p.chunksets import decode_window, encode_set
 from silo.p2p.wire import DIGEST_SIZE, MIGRATION_ID_SIZE, Frame, FrameType, frame_header
 
 __all__ = [
+    "DEALT_MAX",
     "FINAL_ROUND",
     "HEAT_WINDOW",
     "PROTOCOL_VERSIONS",
@@ -45,6 +46,7 @@ __all__ = [
     "Reason",
     "Refused",
     "Released",
+    "Round",
     "Stage",
     "Taken",
     "Unavailable",
@@ -65,6 +67,7 @@ PROTOCOL_VERSIONS: Final = (1, 1)
 VOLUMES_MAX: Final = 256
 HEAT_WINDOW: Final = 1 << 16
 """Chunks whose heat one message carries."""
+DEALT_MAX: Final = 64
 FINAL_ROUND: Final = (1 << 32) - 1
 """The round of everything that is sent after the handover: the content does not change any more."""
 
@@ -88,6 +91,8 @@ class Lane(enum.Enum):
     """Control, and chunks that are pushed."""
     DEMAND = "demand"
     """Chunks that a guest waits for. Its own connection, so that it never queues behind pushes."""
+    PUSH = "push"
+    """More chunks that are pushed: one TCP connection does not fill every network. Any number of them."""
 
 
 class Stage(enum.Enum):
@@ -121,7 +126,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     group: Name
     migration: MigrationId
     link: U32
-    """Counts the source's attempts to connect; the two connections of one link carry the same number."""
+    """Counts the source's attempts to connect; all connections of one link carry the same number."""
+    connection: U32 = 0
+    """Counts the source's connections: no two of a migration carry the same number."""
     lane: Lane
     stage: Stage
 
@@ -135,6 +142,8 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True):
     stage: Stage
     window: U63
     """Bytes of pushes that the source may have unacknowledged."""
+    dealt: Annotated[dict[U32, U63], Meta(max_length=DEALT_MAX)] = {}
+    """By earlier connection: how many of its pushes were dealt with, acknowledged or not. They need not come again."""
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,6 +205,12 @@ class Invalidate(msgspec.Struct, frozen=True, kw_only=True):
     volume: U16
     window: U32
     chunks: SetData
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """Source: every INVALIDATE of this round has been said. What is pushed as of it, on any connection, counts now."""
+
+    round: U32
 
 
 class Zeros(msgspec.Struct, frozen=True, kw_only=True):
@@ -290,8 +305,8 @@ class Unavailable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Message = (
-    Hello | Welcome | Refused | Offer | Accept | Heat | Invalidate | Zeros | Ack | Handover | AtWork | Taken | Declined
-    | Withdraw | Need | NeedEnd | Drained | Evacuated | Released | Want | Unavailable
+    Hello | Welcome | Refused | Offer | Accept | Heat | Invalidate | Round | Zeros | Ack | Handover | AtWork | Taken
+    | Declined | Withdraw | Need | NeedEnd | Drained | Evacuated | Released | Want | Unavailable
 )  # fmt: skip
 
 _TYPES: Final[dict[type[msgspec.Struct], FrameType]] = {
@@ -302,6 +317,7 @@ _TYPES: Final[dict[type[msgspec.Struct], FrameType]] = {
     Accept: FrameType.ACCEPT,
     Heat: FrameType.HEAT,
     Invalidate: FrameType.INVALIDATE,
+    Round: FrameType.ROUND,
     Zeros: FrameType.ZEROS,
     Ack: FrameType.ACK,
     Handover: FrameType.HANDOVER,

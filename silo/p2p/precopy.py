@@ -27,7 +27,7 @@ something to send. When the guest is stopped is decided in `silo.p2p.budget`.
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 
 import attrs
@@ -137,7 +137,8 @@ class Planner:
 
     def __init__(self, geometries: Sequence[Geometry]) -> None:
         self._plans = [_VolumePlan(geometry) for geometry in geometries]
-        self._flying: deque[_Flight] = deque()
+        self._flying: defaultdict[int, deque[_Flight]] = defaultdict(deque)
+        """By lane. On each, pushes are acknowledged in the order in which they were sent."""
         self._walk: Iterator[Batch] = iter(())
         self._rest: Batch | None = None
         """What the last step of the walk found and is not sent yet."""
@@ -210,7 +211,7 @@ class Planner:
     @property
     def is_settled(self) -> bool:
         """Nothing is to be sent, and everything sent was acknowledged."""
-        return not self._flying and all(not plan.wanted.any() for plan in self._plans)
+        return not any(self._flying.values()) and all(not plan.wanted.any() for plan in self._plans)
 
     # ---- sending ----------------------------------------------------------------------------------------
 
@@ -242,9 +243,9 @@ class Planner:
         plan.take(wanted, leaves=FLYING)
         return Batch(volume, self.round, wanted)
 
-    def launched(self, batch: Batch, pushes: int, size: int) -> None:
+    def launched(self, batch: Batch, pushes: int, size: int, lane: int = 0) -> None:
         """A batch goes out as so many frames: one per chunk, or a single one. ``size`` counts for the window."""
-        self._flying.append(_Flight(batch, pushes, size))
+        self._flying[lane].append(_Flight(batch, pushes, size))
         self.flying_bytes += size
 
     def take_neighbours(self, volume: int, chunk: int, count: int) -> Indices:
@@ -260,12 +261,13 @@ class Planner:
         plan.flags[near] = 0
         return near
 
-    def landed(self, pushes: int) -> None:
-        """So many more frames were acknowledged, in the order in which they were sent."""
+    def landed(self, pushes: int, lane: int = 0) -> None:
+        """So many more frames of a lane were acknowledged, in the order in which they were sent."""
+        flights = self._flying[lane]
         while pushes:
-            if not self._flying:
+            if not flights:
                 raise RemoteProtocolError("the peer acknowledged more than it was sent")
-            flight = self._flying[0]
+            flight = flights[0]
             batch, before = flight.batch, flight.done
             flight.done = min(before + pushes, flight.pushes)
             pushes -= flight.done - before
@@ -276,16 +278,24 @@ class Planner:
             chunks = batch.chunks[before:] if whole else batch.chunks[before : flight.done]
             self._plans[batch.volume].land(chunks, batch.round)
             if whole:
-                self._flying.popleft()
+                flights.popleft()
 
-    def link_lost(self) -> None:
-        """What flies may have arrived or not: it is wanted again."""
-        for flight in self._flying:
+    def lane_lost(self, lane: int) -> None:
+        """What flies on a lane may have arrived or not: it is wanted again."""
+        for flight in self._flying.pop(lane, ()):
             plan = self._plans[flight.batch.volume]
             chunks = flight.batch.chunks
             plan.add(chunks[plan.flags[chunks] & FLYING != 0], WANTED)
-        self._flying.clear()
-        self.flying_bytes = 0
+            self.flying_bytes -= flight.size - flight.size * flight.done // flight.pushes
+
+    def link_lost(self) -> None:
+        """As `lane_lost`, of all lanes."""
+        for lane in list(self._flying):
+            self.lane_lost(lane)
+
+    def flights(self, lane: int) -> int:
+        """How many frames of a lane are under way."""
+        return sum(flight.pushes - flight.done for flight in self._flying[lane])
 
     def _in_order(self, order: Order, ranks: Ranks) -> Iterator[Batch]:
         """Every window that has something to send, class by class, unique chunks before the others."""

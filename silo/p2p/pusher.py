@@ -29,10 +29,13 @@ from silo.p2p.wire import DIGEST_SIZE, Encoding, FrameType, chunk_header
 from silo.volume import Volume
 from silo.zeros import is_zero
 
-__all__ = ["Pusher"]
+__all__ = ["BULK", "Pusher"]
 
 NO_DIGEST: Final = bytes(DIGEST_SIZE)
 """Of a chunk of zeros, which needs none."""
+
+BULK: Final = 0
+"""The lane that always is there; the others are numbered from 1."""
 
 Content = tuple[int, int, Buffer | None]
 """A chunk, its length, and its content, which is ``None`` when it is all zeros."""
@@ -45,6 +48,8 @@ class Pusher:
         self, rounds: Rounds, migration: bytes, clock: Clock, settings: MigrationSettings, changed: Signal
     ) -> None:
         self.meter = Meter()
+        self.window = settings.window
+        """Pushes that may be under way and not acknowledged: ours, or less if the target wants less."""
         self.is_frozen = False
         """The guest is stopped for good: what is read does not change any more."""
         self.error: SiloError | None = None
@@ -83,10 +88,16 @@ class Pusher:
             if self._rounds.announcements:
                 await channel.send(self._rounds.announcements.popleft())
             elif self._planner.wanted_bytes:
-                await self._push_batch(channel)
+                await self._push_batch(channel, BULK)
             else:
                 self._drained = True
                 await channel.send(Drained())
+
+    async def help_push(self, channel: Channel, lane: int) -> Never:
+        """Send chunks on another lane, for as long as it lives. Everything else is the bulk lane's."""
+        while True:
+            await self._changed.until(self._has_chunks)
+            await self._push_batch(channel, lane)
 
     def _has_work(self) -> bool:
         if not self._enabled:
@@ -94,17 +105,26 @@ class Pusher:
         if self._rounds.announcements:
             return True
         if self._planner.wanted_bytes:
-            return self._planner.flying_bytes < self._settings.window
+            return self._planner.flying_bytes < self.window
         return self.is_frozen and not self._drained and self._planner.is_settled
 
-    async def _push_batch(self, channel: Channel) -> None:
+    def _has_chunks(self) -> bool:
+        """A round is announced whole before any other lane goes on: until then the target would let it wait."""
+        return (
+            self._enabled
+            and not self._rounds.announcements
+            and self._planner.wanted_bytes > 0
+            and self._planner.flying_bytes < self.window
+        )
+
+    async def _push_batch(self, channel: Channel, lane: int) -> None:
         batch = self._planner.take_batch(self._settings.batch)
         if batch is None:
             self._rounds.reorder()  # what became wanted behind the place where the walk was
             return
         volume = self._rounds.volumes[batch.volume]
         size = len(batch.chunks) * volume.geometry.chunk_size
-        self._planner.launched(batch, len(batch.chunks), size)
+        self._planner.launched(batch, len(batch.chunks), size, lane)
         try:
             contents = await self._read(volume, batch.chunks)
         except SiloError as error:

@@ -38,8 +38,8 @@ __all__ = ["IncomingOffer", "Reception"]
 
 _log = logging.getLogger(__name__)
 
-CONNECTIONS_MAX = 256
-"""Connections at once. A migration has two."""
+CONNECTIONS_MAX = 512
+"""Connections at once. A migration has three, unless its settings say otherwise."""
 OFFERS_MAX = 64
 """Offers that wait for the host."""
 

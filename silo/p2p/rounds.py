@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from silo.p2p.messages import (
     Heat,
     Invalidate,
     Message,
+    Round,
     VolumeOffer,
     Zeros,
     set_messages,
@@ -138,8 +139,14 @@ class Rounds:
             self.planner.set_order(Order.COLDEST_FIRST, self._write_ranks)
 
     def link_lost(self) -> None:
-        """What was under way may not have arrived: the next round begins with it."""
+        """What was not said yet is not said any more. What was under way is dealt with by `link_resumed`."""
         self.announcements.clear()
+
+    def link_resumed(self, dealt: Mapping[int, int]) -> None:
+        """The target has dealt with so many more pushes of each lane; the rest of what was under way may not have
+        arrived, and the next round begins with it. `RemoteProtocolError` for more than was sent."""
+        for lane, pushes in dealt.items():
+            self.planner.landed(pushes, lane)
         self.planner.link_lost()
 
     def dirty_bytes(self) -> int:
@@ -159,6 +166,7 @@ class Rounds:
             for first in range(0, volume.chunks.count, SET_WINDOW):
                 lacking = self.planner.missing(index, first, first + SET_WINDOW)
                 self.announcements.extend(set_messages(Invalidate, self.planner.round, index, lacking))
+        self.announcements.append(Round(round=self.planner.round))
         self._push_zeros()
         self.reorder()
 

@@ -6,9 +6,10 @@ import attrs
 
 from silo.errors import InvalidRequestError
 
-__all__ = ["MigrationPolicy", "MigrationSettings"]
+__all__ = ["CONNECTIONS_MAX", "MigrationPolicy", "MigrationSettings"]
 
 MIB = 1024 * 1024
+CONNECTIONS_MAX = 16
 
 
 @attrs.frozen(kw_only=True)
@@ -34,6 +35,8 @@ class MigrationSettings:
     """Pushes under way and not acknowledged. 16 MiB fills 10 Gbit/s at 13 ms of round trip."""
     batch: int = MIB
     """Content that is read, hashed and sent, or received and verified, without giving way to others."""
+    connections: int = 2
+    """Over so many connections content is pushed. Demands have another one to themselves."""
     rate_bps: float | None = None
     """Limit of what is pushed, in bytes per second; ``None`` for no limit. Demand reads do not count."""
     rounds_max: int = 12
@@ -86,6 +89,8 @@ class MigrationSettings:
             raise InvalidRequestError("at least one round is needed, and sizes cannot be negative")
         if not 0 < self.keepalive_s < self.silence_s:
             raise InvalidRequestError("silence must last longer than the pause between two signs of life")
+        if not 1 <= self.connections <= CONNECTIONS_MAX:
+            raise InvalidRequestError(f"content is pushed over 1 to {CONNECTIONS_MAX} connections")
         times = attrs.asdict(self, filter=lambda field, _: field.name.endswith("_s"))
         if min(times.values()) <= 0 or self.hydrate_window < 1:
             raise InvalidRequestError("times and windows must be positive")

@@ -210,16 +210,16 @@ class SourceEffects:
         clock, session = self._clock, self._p.session
         answer_s = self._settings.answer_timeout_s
         limit = claim_limit = clock.monotonic() + self._settings.claim_timeout_s
-        reason = "the target did not answer the handover in time"
         with contextlib.suppress(TimeoutError):
             while (now := clock.monotonic()) < limit:
                 async with asyncio.timeout(min(answer_s, limit - now)):
                     await self._changed.until(lambda: session.work is not None)
                 if session.work is not None:
                     limit = math.inf if session.work.claimed else claim_limit
-                    reason = "the target could not claim the group in time"
                     session.work = None
-        self._p.driver.error = UnavailableError(reason)
+        is_silent = clock.monotonic() < limit
+        reason = "did not answer the handover in time" if is_silent else "could not claim the group in time"
+        self._p.driver.error = UnavailableError(f"the target {reason}")
         return Event.TIMEOUT
 
     async def reclaim(self) -> Event:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import attrs
+
 from silo.chunkmap import Indices, join_indices
 from silo.errors import MigrationError, RemoteProtocolError, SiloError, UnavailableError
 from silo.events import LinkChanged
@@ -34,11 +36,31 @@ from silo.p2p.messages import (
     Welcome,
     message_set,
 )
-from silo.p2p.pusher import Pusher
+from silo.p2p.pusher import BULK, Pusher
 from silo.p2p.rounds import Rounds
 from silo.p2p.watch import Watch
 
 __all__ = ["SourceSession"]
+
+
+@attrs.define
+class _Lane:
+    """A connection that is pushed over, or was last."""
+
+    connection: int
+    acknowledged: int = 0
+
+    def acknowledged_now(self, pushes: int) -> int:
+        """How many pushes are acknowledged by this that were not before."""
+        fresh = pushes - self.acknowledged
+        if fresh < 0:
+            raise RemoteProtocolError("the peer took back an acknowledgement")
+        self.acknowledged = pushes
+        return fresh
+
+    def fresh(self, welcome: Welcome) -> int:
+        """The same, of a connection that broke: what the target says later that it had dealt with."""
+        return self.acknowledged_now(welcome.dealt.get(self.connection, self.acknowledged))
 
 
 class SourceSession:
@@ -69,10 +91,13 @@ class SourceSession:
         self._migration = migration
         self._rounds = rounds
         self._pusher = pusher
+        self._window = pusher.window
         self._watch = watch
         self._post = post
         self._note = note
-        self._acknowledged = 0
+        self._lanes: dict[int, _Lane] = {}
+        """The connection over which each lane was pushed on last."""
+        self._connections = 0
         self._needed: list[list[Indices]] = []
 
     # ---- a link comes and goes --------------------------------------------------------------------------
@@ -80,6 +105,7 @@ class SourceSession:
     def hello(self, lane: Lane, link: int) -> Hello:
         """How we greet now."""
         oldest, newest = PROTOCOL_VERSIONS
+        self._connections += 1
         return Hello(
             oldest=oldest,
             newest=newest,
@@ -87,15 +113,18 @@ class SourceSession:
             group=self._group,
             migration=self._migration,
             link=link,
+            connection=self._connections,
             lane=lane,
             stage=self.stage,
         )
 
-    async def connected(self, channel: Channel, welcome: Welcome) -> None:
+    async def connected(self, channel: Channel, hello: Hello, welcome: Welcome) -> None:
         """Bring the target up to date about where we are."""
         if self.target_host not in (None, welcome.host):
             raise RemoteProtocolError(f"host {welcome.host} answers where {self.target_host} was")
-        self._acknowledged = 0
+        self._rounds.link_resumed({number: lane.fresh(welcome) for number, lane in self._lanes.items()})
+        self._lanes = {BULK: _Lane(hello.connection)}
+        self._pusher.window = min(self._window, max(welcome.window, 1))
         self._needed = [[] for _ in self._rounds.volumes]
         if welcome.stage is Stage.NEW:
             await self._offer(channel)
@@ -109,6 +138,18 @@ class SourceSession:
         else:
             self._rounds.begin_next()
             self._pusher.start()
+
+    def helped(self, lane: int, hello: Hello, welcome: Welcome) -> None:
+        """Another connection to push over. What the target has not had from the one before goes out again."""
+        if (before := self._lanes.get(lane)) is not None:
+            self._rounds.planner.landed(before.fresh(welcome), lane)
+        self.unhelped(lane)
+        self._lanes[lane] = _Lane(hello.connection)
+
+    def unhelped(self, lane: int) -> None:
+        """That connection does not return soon: what was under way goes out over others."""
+        self._lanes.pop(lane, None)
+        self._rounds.planner.lane_lost(lane)
 
     async def _offer(self, channel: Channel) -> None:
         """Offer the group and wait until the target has decided. No deadline: the effect that waits has one."""
@@ -141,11 +182,12 @@ class SourceSession:
 
     # ---- messages ---------------------------------------------------------------------------------------
 
-    def received(self, message: Message) -> None:
+    def received(self, message: Message, lane: int = BULK) -> None:
         """A control message of the target."""
         match message:
             case Ack():
-                self._rounds.planner.landed(self._fresh(message.pushes))
+                fresh = self._lanes[lane].acknowledged_now(message.pushes)
+                self._rounds.planner.landed(fresh, lane)
             case AtWork():
                 self.work = message
             case Taken():
@@ -162,13 +204,6 @@ class SourceSession:
                 self._push_needed([join_indices(parts) for parts in self._needed])
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__} is not for the source")
-
-    def _fresh(self, pushes: int) -> int:
-        fresh = pushes - self._acknowledged
-        if fresh < 0:
-            raise RemoteProtocolError("the peer took back an acknowledgement")
-        self._acknowledged = pushes
-        return fresh
 
     def _decline(self, reason: str) -> None:
         self.is_declined = True

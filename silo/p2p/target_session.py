@@ -30,6 +30,7 @@ from silo.p2p.chunksets import encode_set
 from silo.p2p.handover import Event, TargetState
 from silo.p2p.installer import Installer
 from silo.p2p.messages import (
+    DEALT_MAX,
     Accept,
     Ack,
     AtWork,
@@ -45,6 +46,7 @@ from silo.p2p.messages import (
     Reason,
     Refused,
     Released,
+    Round,
     Stage,
     Unavailable,
     Welcome,
@@ -54,7 +56,7 @@ from silo.p2p.messages import (
 )
 from silo.p2p.peer_source import PeerSource
 from silo.p2p.records import HANDOVER_SIZE_MAX, HandoverBody, decode_handover
-from silo.p2p.settings import MigrationSettings
+from silo.p2p.settings import CONNECTIONS_MAX, MigrationSettings
 from silo.p2p.signal import Signal
 from silo.p2p.watch import Watch
 from silo.p2p.wire import Frame, FrameType, parse_chunk
@@ -105,6 +107,10 @@ class TargetSession:
         self._standing = standing
         self._number = -1
         self._demand: Channel | None = None
+        self._pushing: dict[int, Channel] = {}
+        """The push lanes of the present link, by connection."""
+        self._dealt: dict[int, int] = {}
+        """How many pushes of each connection were dealt with; for the source, when it has to dial again."""
         self._ended = asyncio.Event()
         self._ended.set()
         self._takeover = asyncio.Lock()
@@ -114,7 +120,7 @@ class TargetSession:
 
     async def serve_accepted(self, channel: Channel, hello: Hello) -> None:
         """The connection over which the offer came: accept it, and serve it until it breaks, which is raised."""
-        await self._serve_bulk(channel, hello, Accept(), is_resumed=False)
+        await self._serve_bulk(channel, hello, None)
 
     async def serve(self, channel: Channel, hello: Hello) -> None:
         """Another connection of the same migration: welcome it, and serve it until it breaks, which is raised."""
@@ -123,42 +129,55 @@ class TargetSession:
             await self._refuse(channel, Reason.GONE, "this host has given the migration up")
         elif hello.lane is Lane.BULK:
             is_resumed = self._state() is not TargetState.RECEIVING
-            stage = Stage.HANDED if is_resumed else Stage.COPYING
-            await self._serve_bulk(channel, hello, self._welcome(hello, stage), is_resumed=is_resumed)
+            await self._serve_bulk(channel, hello, Stage.HANDED if is_resumed else Stage.COPYING)
         elif self.bulk is None or hello.link != self._number:
-            await self._refuse(channel, Reason.BUSY, "the demand lane belongs to another link")
+            await self._refuse(channel, Reason.BUSY, f"the {hello.lane.value} lane belongs to another link")
+        elif hello.lane is Lane.PUSH:
+            await self._serve_push(channel, hello)
         else:
             await self._serve_demand(channel, hello)
 
     def _welcome(self, hello: Hello, stage: Stage) -> Welcome:
-        return Welcome(
-            version=common_version(hello), host=self._host, stage=stage, window=self._settings.window
+        welcome = Welcome(
+            version=common_version(hello),
+            host=self._host,
+            stage=stage,
+            window=self._settings.window,
+            dealt=dict(self._dealt),
         )
+        self._dealt.pop(hello.connection, None)
+        while len(self._dealt) >= DEALT_MAX:
+            del self._dealt[next(iter(self._dealt))]
+        self._dealt[hello.connection] = 0
+        return welcome
 
     async def _refuse(self, channel: Channel, reason: Reason, message: str) -> None:
         await channel.send(Refused(reason=reason, host=self._host, message=message))
 
-    async def _serve_bulk(
-        self, channel: Channel, hello: Hello, greeting: Message, *, is_resumed: bool
-    ) -> None:
+    async def _serve_bulk(self, channel: Channel, hello: Hello, stage: Stage | None) -> None:
+        """``stage`` is ``None`` for the connection that was greeted before its offer was accepted."""
         async with self._takeover:
             await self.close()
             await self._ended.wait()
+            await self._changed.until(lambda: not self._pushing)
             self._ended = ended = asyncio.Event()
             self._number, self._parts = hello.link, bytearray()
             self.bulk, self.down_since, self.is_drained = channel, None, False
         try:
-            await channel.send(greeting)
-            if isinstance(greeting, Welcome):
-                channel.conversation.welcomed(Lane.BULK, greeting.stage)
+            welcome = self._welcome(hello, stage or Stage.NEW)
+            if stage is None:
+                await channel.send(Accept())
+            else:
+                await channel.send(welcome)
+                channel.conversation.welcomed(Lane.BULK, stage)
             self._watch.tell(LinkChanged, up=True)
             self._changed.notify()
             async with task_group() as tasks:
                 tasks.create_task(channel.keep_alive())
                 tasks.create_task(self._tell_work(channel))
-                if is_resumed:
+                if stage is Stage.HANDED:
                     tasks.create_task(self._tell_standing(channel))
-                await self._read(channel)
+                await self._read(channel, hello.connection)
         except SiloError as error:
             self._watch.tell(LinkChanged, up=False, reason=str(error))
             raise
@@ -166,8 +185,26 @@ class TargetSession:
             self.bulk, self.down_since = None, self._clock.monotonic()
             ended.set()
             self._changed.notify()
-            if self._demand is not None:
-                await self._demand.aclose()
+            for other in (self._demand, *self._pushing.values()):
+                if other is not None:
+                    await other.aclose()
+
+    async def _serve_push(self, channel: Channel, hello: Hello) -> None:
+        number = hello.connection
+        if number in self._pushing or len(self._pushing) >= CONNECTIONS_MAX:
+            await self._refuse(channel, Reason.BUSY, "there are too many push lanes")
+            return
+        self._pushing[number] = channel
+        try:
+            welcome = self._welcome(hello, hello.stage)
+            await channel.send(welcome)
+            channel.conversation.welcomed(Lane.PUSH, welcome.stage)
+            async with task_group() as tasks:
+                tasks.create_task(channel.keep_alive())
+                await self._read_pushed(channel, number)
+        finally:
+            del self._pushing[number]
+            self._changed.notify()
 
     async def _serve_demand(self, channel: Channel, hello: Hello) -> None:
         self._demand = channel
@@ -185,8 +222,9 @@ class TargetSession:
 
     async def close(self) -> None:
         """End the present link, if there is one."""
-        if self.bulk is not None:
-            await self.bulk.aclose()
+        for channel in (self.bulk, *self._pushing.values()):
+            if channel is not None:
+                await channel.aclose()
 
     async def say(self, *messages: Message) -> None:
         """Say something on the present link. What is missed is said again on the next (`_tell_standing`)."""
@@ -225,28 +263,37 @@ class TargetSession:
 
     # ---- frames -----------------------------------------------------------------------------------------
 
-    async def _read(self, channel: Channel) -> Never:
-        pushes = 0
+    async def _read(self, channel: Channel, number: int) -> Never:
         while True:
-            before = pushes
+            before = self._dealt[number]
             is_drained = False
             for frame in await channel.receive():
                 if frame.type is FrameType.CHUNK:
                     await self._installing(frame)
-                    pushes += 1
+                    self._dealt[number] += 1
                 elif frame.type is FrameType.PART:
                     self._add_part(frame)
                 else:
                     message = decode(frame)
-                    pushes += isinstance(message, Zeros)
                     is_drained |= isinstance(message, Drained)
                     await self._received(message)
-            if pushes != before:
-                await channel.send(Ack(pushes=pushes))
+                    self._dealt[number] += isinstance(message, Zeros)
+            if self._dealt[number] != before:
+                await channel.send(Ack(pushes=self._dealt[number]))
             if is_drained:
                 self.is_drained = True
                 self._changed.notify()
             await asyncio.sleep(0)  # receiving may not have given way to anybody
+
+    async def _read_pushed(self, channel: Channel, number: int) -> Never:
+        """Content whose round is announced on another connection, perhaps later."""
+        while True:
+            for frame in await channel.receive():
+                await self._installer.until_announced(parse_chunk(frame.payload).round)
+                await self._installing(frame)
+                self._dealt[number] += 1
+            await channel.send(Ack(pushes=self._dealt[number]))
+            await asyncio.sleep(0)
 
     async def _installing(self, frame: Frame) -> None:
         """Install a chunk. When that fails here, and not at the peer, the migration fails."""
@@ -267,6 +314,8 @@ class TargetSession:
         match message:
             case Invalidate():
                 await self._installer.invalidate(message)
+            case Round():
+                self._installer.announce(message)
             case Zeros():
                 self._installer.install_zeros(message)
             case Heat():

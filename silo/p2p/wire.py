@@ -92,6 +92,7 @@ class FrameType(enum.IntEnum):
     UNAVAILABLE = 22
     PING = 23
     AT_WORK = 24
+    ROUND = 25
 
 
 class Encoding(enum.IntEnum):
