@@ -13,7 +13,6 @@ which of its writes it may repeat.
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Final, Self
@@ -22,6 +21,7 @@ from silo.abc import Buffer
 from silo.errors import ClosedError, RemoteProtocolError, SiloError, UnavailableError
 from silo.exports.nbd_client_dial import CONNECT_TIMEOUT_S, converse
 from silo.exports.nbd_client_handshake import RICHEST_FIRST, RemoteExport, open_export
+from silo.exports.nbd_client_link import Link
 from silo.exports.nbd_client_request import NbdRequest
 from silo.exports.nbd_client_session import ClientSession
 from silo.exports.nbd_session import HeaderStyle
@@ -54,9 +54,9 @@ class NbdClient:
 
     export: RemoteExport
 
-    def __init__(self, connection: socket.socket, export: RemoteExport) -> None:
+    def __init__(self, link: Link, export: RemoteExport) -> None:
         self.export = export
-        self._socket = connection
+        self._link = link
         self._session = ClientSession(export)
         self._loop = asyncio.get_running_loop()
         self._waiters: dict[int, asyncio.Future[NbdRequest]] = {}
@@ -65,7 +65,7 @@ class NbdClient:
         self._end: SiloError | None = None
         self._send_scheduled = False
         self._send_blocked = False
-        self._loop.add_reader(connection, self._on_readable)
+        self._loop.add_reader(link.socket, self._on_readable)
 
     @classmethod
     async def connect(
@@ -87,9 +87,9 @@ class NbdClient:
         """
         target = parse_uri(uri)
         name = target.export if export is None else export
-        conversation = open_export(name, contexts=contexts, styles=styles)
-        connection, agreed = await converse(target, conversation, timeout_s)
-        return cls(connection, agreed)
+        conversation = open_export(name, contexts=contexts, styles=styles, tls=target.tls)
+        link, agreed = await converse(target, conversation, timeout_s)
+        return cls(link, agreed)
 
     async def __aenter__(self) -> Self:
         return self
@@ -231,26 +231,29 @@ class NbdClient:
         self._send_scheduled = False
         if self._lost.done():
             return
-        while buffers := self._session.outgoing():
-            try:
-                self._session.sent(self._socket.sendmsg(buffers))
-            except (BlockingIOError, InterruptedError):
-                if not self._send_blocked:
-                    self._send_blocked = True
-                    self._loop.add_writer(self._socket, self._send)
-                return
-            except OSError as error:
-                self._lose(UnavailableError(f"the NBD connection was lost: {error}"))
-                return
+        try:
+            while buffers := self._session.outgoing():
+                self._session.sent(self._link.send(buffers))
+            self._link.flush()
+        except (BlockingIOError, InterruptedError):
+            if not self._send_blocked:
+                self._send_blocked = True
+                self._loop.add_writer(self._link.socket, self._send)
+            return
+        except OSError as error:
+            self._lose(UnavailableError(f"the NBD connection was lost: {error}"))
+            return
         if self._send_blocked:
             self._send_blocked = False
-            self._loop.remove_writer(self._socket)
+            self._loop.remove_writer(self._link.socket)
 
     def _on_readable(self) -> None:
         for _ in range(_RECEIVES_PER_WAKEUP):
+            if self._lost.done():
+                return
             buffers = self._session.buffers()
             try:
-                count = self._socket.recvmsg_into(buffers)[0]
+                count = self._link.receive(buffers)
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
@@ -271,6 +274,8 @@ class NbdClient:
                 self._settled = None
             if count < sum(map(len, buffers)):
                 return
+        if self._link.pending:
+            self._loop.call_soon(self._on_readable)
 
     def _wake(self, request: NbdRequest) -> None:
         waiter = self._waiters.pop(request.cookie, None)
@@ -299,9 +304,9 @@ class NbdClient:
     def _drop(self) -> None:
         """Let go of the socket. May be called twice."""
         if not self._lost.done():
-            self._loop.remove_reader(self._socket)
-            self._loop.remove_writer(self._socket)
-            self._socket.close()
+            self._loop.remove_reader(self._link.socket)
+            self._loop.remove_writer(self._link.socket)
+            self._link.close()
             self._lost.set_result(None)
 
 

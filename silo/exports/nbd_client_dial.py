@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Sequence
 from typing import Final, TypeVar
 
 from silo.addresses import UnixAddress
-from silo.errors import InvalidRequestError, UnavailableError
+from silo.errors import InvalidRequestError, InvariantError, UnavailableError
 from silo.exports import nbd_client_handshake as handshake
 from silo.exports.nbd_client_handshake import Conversation, ExportEntry, RemoteExport
+from silo.exports.nbd_client_link import Link, TlsLink, client_context
 from silo.exports.nbd_uri import NbdUri, parse_uri
+from silo.threads import run_to_completion
 
 __all__ = ["CONNECT_TIMEOUT_S", "converse", "describe_export", "list_contexts", "list_exports"]
 
@@ -31,46 +34,51 @@ _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (sock
 
 async def list_exports(uri: str, *, timeout_s: float = CONNECT_TIMEOUT_S) -> list[ExportEntry]:
     """The exports that a server lists."""
-    return await _ask(uri, handshake.list_exports(), timeout_s)
+    return await _ask(uri, handshake.list_exports(tls=parse_uri(uri).tls), timeout_s)
 
 
 async def describe_export(
     uri: str, *, export: str | None = None, timeout_s: float = CONNECT_TIMEOUT_S
 ) -> RemoteExport:
     """Size and abilities of an export, without opening it."""
-    name = parse_uri(uri).export if export is None else export
-    return await _ask(uri, handshake.describe_export(name), timeout_s)
+    target = parse_uri(uri)
+    name = target.export if export is None else export
+    return await _ask(uri, handshake.describe_export(name, tls=target.tls), timeout_s)
 
 
 async def list_contexts(
     uri: str, *, export: str | None = None, queries: Sequence[str] = (), timeout_s: float = CONNECT_TIMEOUT_S
 ) -> list[str]:
     """The metadata contexts that an export has and that match any of the queries; all of them without queries."""
-    name = parse_uri(uri).export if export is None else export
-    return await _ask(uri, handshake.list_contexts(name, queries), timeout_s)
+    target = parse_uri(uri)
+    name = target.export if export is None else export
+    return await _ask(uri, handshake.list_contexts(name, queries, tls=target.tls), timeout_s)
 
 
 async def _ask(uri: str, conversation: Conversation[T], timeout_s: float) -> T:
     """Hold a conversation that ends the connection."""
-    connection, answer = await converse(parse_uri(uri), conversation, timeout_s)
-    connection.close()
+    link, answer = await converse(parse_uri(uri), conversation, timeout_s)
+    link.close()
     return answer
 
 
-async def converse(
-    target: NbdUri, conversation: Conversation[T], timeout_s: float
-) -> tuple[socket.socket, T]:
+async def converse(target: NbdUri, conversation: Conversation[T], timeout_s: float) -> tuple[Link, T]:
     """Connect, and hold a conversation; the connection, for what comes after it, and the result."""
+    context = await run_to_completion(None, client_context, target) if target.tls else None
     try:
         async with asyncio.timeout(timeout_s):
-            connection = await _connect(target)
+            link = Link(await _connect(target))
             try:
-                return connection, await _hold(connection, conversation)
+                return await _hold(link, conversation, context, target.server_name)
             except BaseException:
-                connection.close()
+                link.close()
                 raise
     except TimeoutError as error:
         raise UnavailableError(f"the NBD server at {target} did not answer in {timeout_s} s") from error
+    except ssl.SSLCertVerificationError as error:
+        raise InvalidRequestError(
+            f"the certificate of the NBD server at {target} is not accepted: {error.verify_message}"
+        ) from error
     except OSError as error:
         raise UnavailableError(f"the NBD server at {target} cannot be reached: {error}") from error
 
@@ -108,28 +116,24 @@ async def _connect_to(family: int, address: object) -> socket.socket:
     return connection
 
 
-async def _hold(connection: socket.socket, conversation: Conversation[T]) -> T:
+async def _hold(
+    link: Link, conversation: Conversation[T], context: ssl.SSLContext | None, server_name: str
+) -> tuple[Link, T]:
     """Move the bytes of a conversation until it ends."""
-    loop = asyncio.get_running_loop()
     try:
         step = next(conversation)
         while True:
             if isinstance(step, bytes):
-                await loop.sock_sendall(connection, step)
+                await link.send_all(step)
+                step = conversation.send(b"")
+            elif isinstance(step, int):
+                step = conversation.send(await link.receive_exactly(step))
+            elif context is not None:
+                link = encrypted = TlsLink(link, context, server_name)
+                await encrypted.shake_hands()
                 step = conversation.send(b"")
             else:
-                step = conversation.send(await _receive_exactly(connection, step))
+                raise InvariantError("a conversation in the clear wanted to encrypt")
     except StopIteration as end:
         result: T = end.value
-        return result
-
-
-async def _receive_exactly(connection: socket.socket, size: int) -> bytes:
-    content = bytearray(size)
-    position = 0
-    while position < size:
-        count = await asyncio.get_running_loop().sock_recv_into(connection, memoryview(content)[position:])
-        if not count:
-            raise UnavailableError("the NBD server closed the connection during the handshake")
-        position += count
-    return bytes(content)
+        return link, result

@@ -1,7 +1,8 @@
 """How an NBD client and a server agree on an export, as conversations without I/O.
 
 A conversation is a generator: it yields ``bytes`` that must be sent, or the number of bytes that it wants to
-receive, and is resumed with exactly that many (with nothing after sending). So the protocol reads from top
+receive, and is resumed with exactly that many (with nothing after sending); or `START_TLS`, and is resumed with nothing
+when everything from there on is encrypted. So the protocol reads from top
 to bottom here, and who moves the bytes (an event loop, TLS, a test that cuts them one by one) is somebody
 else's business. It returns its result, or raises:
 
@@ -15,6 +16,7 @@ reply is limited in size and number, so that a hostile server costs little.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Generator, Mapping, Sequence
 from typing import Final, TypeVar
 
@@ -53,9 +55,11 @@ from silo.exports.nbd_wire import (
 
 __all__ = [
     "RICHEST_FIRST",
+    "START_TLS",
     "Conversation",
     "ExportEntry",
     "RemoteExport",
+    "StartTls",
     "describe_export",
     "list_contexts",
     "list_exports",
@@ -63,8 +67,17 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Conversation = Generator[int | bytes, bytes, T]
-"""Yields what to send, or how much to receive."""
+
+
+class StartTls(enum.Enum):
+    """The type of `START_TLS`."""
+
+    NOW = enum.auto()
+
+
+START_TLS: Final = StartTls.NOW
+Conversation = Generator[int | bytes | StartTls, bytes, T]
+"""Yields what to send, or how much to receive, or that it is time to encrypt."""
 
 _REPLY_SIZE_MAX: Final = 16 * 1024
 """The longest legal reply is an export's name and description, 4 KiB each."""
@@ -123,15 +136,19 @@ class _Answer:
 
 
 def open_export(
-    name: str, *, contexts: Sequence[str] = (), styles: Sequence[HeaderStyle] = RICHEST_FIRST
+    name: str,
+    *,
+    contexts: Sequence[str] = (),
+    styles: Sequence[HeaderStyle] = RICHEST_FIRST,
+    tls: bool = False,
 ) -> Conversation[RemoteExport]:
-    """Enter transmission with an export.
+    """Enter transmission with an export; with ``tls`` (here and below), only encrypted.
 
     ``styles`` are the styles of headers to ask for, the best first; simple ones need no asking.
     ``contexts`` are asked for, too; which of them exist is in the result, and none do with simple headers.
     A server too old for ``GO`` is asked with ``EXPORT_NAME``, to which it can only agree or hang up.
     """
-    flags = yield from _greet()
+    flags = yield from _greet(tls)
     if HandshakeFlag.FIXED_NEWSTYLE not in flags:
         return (yield from _open_by_name(name, flags, HeaderStyle.SIMPLE))
     style = yield from _agree_on_style(styles)
@@ -143,9 +160,9 @@ def open_export(
     return _export_from(answer, name, style, selected)
 
 
-def describe_export(name: str) -> Conversation[RemoteExport]:
+def describe_export(name: str, *, tls: bool = False) -> Conversation[RemoteExport]:
     """Ask what an export is without opening it, then part. The result names no contexts."""
-    yield from _greet_fixed()
+    yield from _greet_fixed(tls)
     style = yield from _agree_on_style(RICHEST_FIRST)
     answer = yield from _ask(Option.INFO, encode_info_request(name, _INFOS))
     export = _export_from(answer, name, style, {})
@@ -153,9 +170,9 @@ def describe_export(name: str) -> Conversation[RemoteExport]:
     return export
 
 
-def list_exports() -> Conversation[list[ExportEntry]]:
+def list_exports(*, tls: bool = False) -> Conversation[list[ExportEntry]]:
     """Ask which exports there are, then part."""
-    yield from _greet_fixed()
+    yield from _greet_fixed(tls)
     answer = yield from _ask(Option.LIST)
     if not answer.accepted:
         raise _refusal(answer, "to list its exports")
@@ -164,9 +181,9 @@ def list_exports() -> Conversation[list[ExportEntry]]:
     return [ExportEntry(name, description) for name, description in entries]
 
 
-def list_contexts(name: str, queries: Sequence[str] = ()) -> Conversation[list[str]]:
+def list_contexts(name: str, queries: Sequence[str] = (), *, tls: bool = False) -> Conversation[list[str]]:
     """Ask which metadata contexts an export has that match any of the queries (all without one), then part."""
-    yield from _greet_fixed()
+    yield from _greet_fixed(tls)
     yield from _agree_on_style(RICHEST_FIRST)
     answer = yield from _ask(Option.LIST_META_CONTEXT, encode_context_queries(name, queries))
     if not answer.accepted:
@@ -175,8 +192,8 @@ def list_contexts(name: str, queries: Sequence[str] = ()) -> Conversation[list[s
     return [decode_context(data)[1] for kind, data in answer.data if kind == OptionReply.META_CONTEXT]
 
 
-def _greet() -> Conversation[HandshakeFlag]:
-    """Exchange greetings; the server's flags, reduced to those that we know."""
+def _greet(tls: bool) -> Conversation[HandshakeFlag]:
+    """Exchange greetings, and encrypt what follows; the server's flags, reduced to those that we know."""
     magic, option_magic, raw_flags = GREETING.unpack((yield GREETING.size))
     if magic != INIT_MAGIC:
         raise RemoteProtocolError("this is not an NBD server", hint="is the address right?")
@@ -186,12 +203,19 @@ def _greet() -> Conversation[HandshakeFlag]:
         )
     flags = HandshakeFlag(raw_flags & (HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES))
     yield CLIENT_FLAGS.pack(ClientFlag(flags))
+    if tls:
+        if HandshakeFlag.FIXED_NEWSTYLE not in flags:
+            raise InvalidRequestError("the server is too old to encrypt")
+        answer = yield from _ask(Option.STARTTLS)
+        if not answer.accepted:
+            raise _refusal(answer, "to encrypt")
+        yield START_TLS
     return flags
 
 
-def _greet_fixed() -> Conversation[None]:
+def _greet_fixed(tls: bool) -> Conversation[None]:
     """Exchange greetings with a server that answers options."""
-    flags = yield from _greet()
+    flags = yield from _greet(tls)
     if HandshakeFlag.FIXED_NEWSTYLE not in flags:
         raise InvalidRequestError("the server is too old to answer questions; it can only open an export")
 
@@ -268,7 +292,7 @@ def _export_from(answer: _Answer, name: str, style: HeaderStyle, contexts: Mappi
 
 _HINTS: Final = {
     OptionReply.ERR_UNKNOWN: "ask it for a list of its exports",
-    OptionReply.ERR_TLS_REQD: "it wants TLS",
+    OptionReply.ERR_TLS_REQD: "it wants TLS: write nbds://",
     OptionReply.ERR_UNSUP: "it does not know this option",
     OptionReply.ERR_POLICY: "its settings forbid it",
 }

@@ -22,6 +22,7 @@ from silo.exports import nbd_client
 from silo.exports.nbd_client import NbdClient
 from silo.exports.nbd_client_dial import list_exports
 from silo.exports.nbd_client_handshake import RemoteExport
+from silo.exports.nbd_client_link import Link
 from silo.exports.nbd_replies import replies_for
 from silo.exports.nbd_session import HeaderStyle, RequestParser
 from silo.exports.nbd_wire import (
@@ -86,7 +87,7 @@ def connected(style: HeaderStyle = HeaderStyle.STRUCTURED) -> Iterator[tuple[Nbd
         ours.setblocking(False)
         theirs.setblocking(False)
         yield (
-            NbdClient(ours, RemoteExport("disk", SIZE, FLAGS, style, contexts={1: "base:allocation"})),
+            NbdClient(Link(ours), RemoteExport("disk", SIZE, FLAGS, style, contexts={1: "base:allocation"})),
             Server(theirs, style),
         )
 
