@@ -43,6 +43,7 @@ from typing import Any, Literal
 import msgspec
 
 from silo.errors import InvalidRequestError
+from silo.exports.nbd_uri import parse_uri
 from silo.names import check_group_name, check_volume_name
 from silo.nbdconfig import NbdConfig
 from silo.p2p.settings import CONNECTIONS_MAX
@@ -75,6 +76,8 @@ class VolumeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The device may hold something else, which gives way to what the store has."""
     base: str | list[str] = []
     """Copy-on-write over this image; of several, the nearest first (`silo.devices.overlay_open`)."""
+    import_from: str = msgspec.field(default="", name="import")
+    """A new volume begins with what this NBD server has, and is served at once (`silo.importing`)."""
 
     @property
     def bases(self) -> list[str]:
@@ -301,6 +304,12 @@ def _check_group(name: str, group: GroupConfig) -> None:
                 f"volume {volume}: chunk size {settings.chunk_size} is not usable",
                 hint="take a power of two from 4K to 4M",
             )
+        if settings.import_from:
+            parse_uri(settings.import_from)
+            if settings.bases:
+                raise InvalidRequestError(
+                    f"volume {volume}: it can be imported, or lie over a base, not both"
+                )
         if settings.size_bytes is not None and settings.size_bytes <= 0:
             raise InvalidRequestError(f"volume {volume}: the size must be positive")
 
@@ -336,7 +345,7 @@ def parse_volume_flag(text: str) -> tuple[str, VolumeConfig]:
         return name, msgspec.convert(values, VolumeConfig)
     except msgspec.ValidationError as error:
         raise InvalidRequestError(
-            f"--volume {text!r}: {error}", hint="size, chunk_size, read_only, overwrite, base"
+            f"--volume {text!r}: {error}", hint="size, chunk_size, read_only, overwrite, base, import"
         ) from error
 
 

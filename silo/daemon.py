@@ -28,18 +28,24 @@ from silo.files import lock_exclusive, os_error
 from silo.hooks.command import CommandWorkload
 from silo.host import Host
 from silo.hosted import HostedGroup
+from silo.importing import check_not_stored, remote_size
 from silo.moving import Move
+from silo.names import check_volume_name
 from silo.opening import VolumeSpec
 from silo.p2p.settings import MigrationPolicy, MigrationSettings
 from silo.p2p.tls import HostTls
 from silo.p2p.transport import PlainTransport
 from silo.resuming import stored_head
 from silo.sync.settings import SyncSettings
+from silo.sync.store_url import open_store
 from silo.threads import run_to_completion
 
 __all__ = ["Say", "serve_until_told"]
 
 logger = logging.getLogger(__name__)
+
+IMPORT_TELL_S = 0.5
+"""Between two lines about how far an import is."""
 
 Say = Callable[[dict[str, Any], str], None]
 """Takes an event for machines and the same for people."""
@@ -298,6 +304,7 @@ class _Daemon:
             "migrate": self.migrate,
             "hibernate": self.hibernate,
             "resume": self.resume,
+            "import": self.import_disk,
         }
 
     def _group(self, name: str) -> HostedGroup:
@@ -351,6 +358,43 @@ class _Daemon:
         volumes = hosted.status()["volumes"]
         yield Result({"group": group, "uris": [uri for volume in volumes for uri in volume["uris"]]})
 
+    async def import_disk(self, group: str, volume: str, uri: str) -> AsyncIterator[Any]:
+        """Open a new group on a disk of an NBD server: where it can be reached, then how far it is. It goes on when the
+        caller leaves, and after the next start."""
+        if group in self._config.groups or await self._host.known_volumes(group):
+            raise InvalidRequestError(f"this host has a group {group} already", hint="take another name")
+        check_volume_name(volume)
+        size = await remote_size(uri)
+        if self._config.store:
+            store = open_store(self._config.store, self._host.clock)
+            try:
+                await check_not_stored(store, group, self._host.clock)
+            finally:
+                await store.aclose()
+        device = _fresh_device(self._incoming(group, volume), size, may_replace=True)
+        hosted = await self._host.open_group(
+            group,
+            {volume: VolumeSpec(device, import_from=uri)},
+            store=self._config.store or None,
+            sync=self._sync_settings(),
+            workload=self._workload(None),
+        )
+        await self.export(hosted)
+        yield {
+            "event": "serving",
+            "group": group,
+            "uris": hosted.status()["volumes"][0]["uris"],
+            "size": size,
+        }
+        work = hosted.importing
+        while work is not None and (status := work.status()) is not None:
+            (seen,) = hosted.status()["volumes"]
+            yield {"event": "importing", "left_bytes": seen["absent_peer"], **status}
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(IMPORT_TELL_S):
+                    await work.wait_done()
+        yield Result({"group": group, "size": size})
+
     async def wait(self, group: str, timeout_s: float) -> AsyncIterator[Any]:
         """Until the group is hydrated, or for so long."""
         hosted = self._group(group)
@@ -368,16 +412,25 @@ async def _follow(move: Move) -> AsyncIterator[Any]:
     yield Result(report.as_dict())
 
 
+def _is_new(path: str) -> bool:
+    return not Path(path).exists()
+
+
 async def _spec(group: str, name: str, settings: GroupConfig) -> VolumeSpec:
     volume = settings.volumes[name]
+    size = volume.size_bytes
     try:
+        if volume.import_from and size is None and _is_new(volume.path):
+            size = await remote_size(volume.import_from)
         if volume.bases:
-            device: BlockDevice = await open_overlay(volume.path, *volume.bases, size=volume.size_bytes)
+            device: BlockDevice = await open_overlay(volume.path, *volume.bases, size=size)
         else:
-            device = FileDevice(volume.path, volume.size_bytes)
+            device = FileDevice(volume.path, size)
     except SiloError as error:
         raise type(error)(f"{group}/{name}: {error.message}", hint=error.hint) from error
-    return VolumeSpec(device, volume.chunk_bytes, volume.read_only, volume.overwrite)
+    return VolumeSpec(
+        device, volume.chunk_bytes, volume.read_only, volume.overwrite, import_from=volume.import_from
+    )
 
 
 async def _specs(group: str, settings: GroupConfig) -> dict[str, VolumeSpec]:

@@ -17,19 +17,33 @@ from __future__ import annotations
 
 import asyncio
 
-from silo.errors import ClosedError, UnavailableError
+from silo.errors import ClosedError, InvalidRequestError, UnavailableError
 from silo.group import Group
 from silo.storelink import StoreLink
 from silo.tasks import task_group
 from silo.volume import Volume
 
-__all__ = ["FLUSHES", "StoreFlush"]
+__all__ = ["FLUSHES", "StoreFlush", "store_flush"]
 
 FLUSHES = ("local", "store")
 """How durable a flush can be."""
 
 LOOK_S = 0.2
 """How often a flush looks whether a group that has just arrived is synced already."""
+
+
+def store_flush(group: Group, link: StoreLink | None, flush: str) -> StoreFlush | None:
+    """What makes a group's flushes reach the store, when ``flush`` says so; `InvalidRequestError` without a store."""
+    if flush not in FLUSHES:
+        raise InvalidRequestError(f"a flush cannot be {flush!r}", hint=f"say {' or '.join(FLUSHES)}")
+    if flush == "local":
+        return None
+    if link is None:
+        raise InvalidRequestError(
+            f"flushes of group {group.name} cannot reach a store, because it has none",
+            hint="open it with a store",
+        )
+    return StoreFlush(group, link, link.flush_timeout_s)
 
 
 class StoreFlush:

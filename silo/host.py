@@ -30,10 +30,12 @@ from silo.errors import ClosedError, InvalidRequestError, SiloError
 from silo.exporting import Exporter, GroupExport
 from silo.exports.nbd_server import NbdServerSettings
 from silo.exports.nbd_tls import NbdTls
+from silo.flushing import store_flush
 from silo.geometry import Geometry
 from silo.group import CopyLimits, Group
 from silo.hooks.runner import WorkloadRunner
 from silo.hosted import HostedGroup
+from silo.importing import Import, import_states, plan_imports
 from silo.opening import (
     VolumeSpec,
     claim_group,
@@ -212,7 +214,7 @@ class Host:
         last owner did not let go; the caller asserts that no other host serves it any more. ``after_lease`` does it
         without an assertion, when that owner had a lease (`SyncSettings.lease_s`): after waiting until it has ended.
         A hibernated group is refused, because it has more than its disks (`resume_group`), unless that shall be
-        given up: ``cold``.
+        given up: ``cold``. A volume with ``import_from`` begins with what that NBD server has, and can be used at once.
 
         `FencedError` when another host owns it, `InvalidRequestError` when it must not be opened like this,
         `UnavailableError` when the store does not answer. Then, and after a cancellation, the devices are closed
@@ -283,6 +285,7 @@ class Host:
         try:
             link = await self._open_link(state, how.store, how.sync, how.fetch)
             left = await read_unfinished(state)
+            imports: dict[str, str] = {}
             waking = await begin_resumption(state, link) if how.resumes else None
             if waking is None:
                 await refuse_hibernated(state, link, cold=how.cold)
@@ -296,9 +299,14 @@ class Host:
                 )
                 if waking is not None:
                     waking.check(head)
-                await open_volumes(group, state, link, head, specs)
+                imports = await plan_imports(state, specs, generation=head.generation if head else 0)
+                await open_volumes(
+                    group, state, link, head, specs, imported=dict.fromkeys(imports, import_states)
+                )
             hosted = self._hosted(group, state, link, how.workload)
             hosted.waking = waking
+            if imports:
+                hosted.importing = Import(group, self.clock, imports, state=state, link=link)
             if not left.is_undecided:
                 await hosted.start()
             if left.offer is not None:
@@ -461,7 +469,9 @@ class Host:
         With ``tls`` (`NbdTls.from_files`) connections are encrypted, and clients may be asked who they are; several
         groups at one address share one. `InvalidRequestError` when the address cannot be had.
         """
-        return self._running_exporter().add(group.group, url, tls, group.store_flush(flush))
+        return self._running_exporter().add(
+            group.group, url, tls, store_flush(group.group, group.link, flush)
+        )
 
     async def close_group(self, group: HostedGroup, *, drain: bool = True) -> None:
         """Stop serving a group, as `HostedGroup.close`. A migration away is aborted, or waited for when it is too late

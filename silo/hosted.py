@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
 from silo.abc import Role
@@ -26,11 +26,11 @@ from silo.errors import (
 )
 from silo.events import MigrationReport
 from silo.exporting import Exporter
-from silo.flushing import FLUSHES, StoreFlush
 from silo.group import Group
 from silo.hooks.observers import Observer
 from silo.hooks.runner import WorkloadRunner
 from silo.hydrator import Hydrator
+from silo.importing import Import
 from silo.leaving import Hibernation, joined
 from silo.moving import EventLog, Move
 from silo.opening import remember_generation, remember_taken
@@ -45,6 +45,7 @@ from silo.seeing import group_status, heat_of
 from silo.statedir import GroupState
 from silo.storelink import StoreLink
 from silo.sync.head import PartRef
+from silo.tasks import collect
 from silo.volume import Volume
 
 __all__ = ["HostedGroup"]
@@ -86,6 +87,8 @@ class HostedGroup:
         self.hydrator = Hydrator(group, site.clock)
         self.waking: Resumption | None = None
         """It was hibernated, and its workload does not run yet."""
+        self.importing: Import | None = None
+        """What brings its volumes in from another server, or did. Set before `start`."""
         self.move: Move | None = None
         """The migration away from here, the latest one."""
         self.arrival: EventLog | None = None
@@ -125,7 +128,9 @@ class HostedGroup:
             self.link.may_tidy = lambda: self.phase == "running"
             await self.link.start(self.group, self._tasks)
         self._hydrate()
-        self._settle("running")
+        if self.importing is not None:
+            _ = self._spawn(self.importing.run(lambda: self._settle("running")))
+        self._settle("running" if self.importing is None else "importing")
 
     def _hydrate(self) -> None:
         """Once, however often the group is started."""
@@ -168,19 +173,6 @@ class HostedGroup:
             raise InvalidRequestError(f"group {self.name} has no store", hint="open it with a store")
         return await self.link.syncer.sync_now()
 
-    def store_flush(self, flush: str) -> StoreFlush | None:
-        """What makes flushes reach the store, when ``flush`` says so; `InvalidRequestError` when there is none."""
-        if flush not in FLUSHES:
-            raise InvalidRequestError(f"a flush cannot be {flush!r}", hint=f"say {' or '.join(FLUSHES)}")
-        if flush == "local":
-            return None
-        if self.link is None:
-            raise InvalidRequestError(
-                f"flushes of group {self.name} cannot reach a store, because it has none",
-                hint="open it with a store",
-            )
-        return StoreFlush(self.group, self.link, self.link.flush_timeout_s)
-
     async def wait_stored(self) -> int:
         """Return when everything acknowledged before this call is stored, without hurrying. As `sync_now`."""
         if self.link is None or self.link.syncer is None:
@@ -194,6 +186,8 @@ class HostedGroup:
         """
         await self.wait_running()
         await self.hydrator.wait_done()
+        if self.importing is not None:
+            await self.importing.wait_done()
         if self._migration is not None:
             await self._migration.wait_evacuated()
 
@@ -407,7 +401,8 @@ class HostedGroup:
     def status(self) -> dict[str, Any]:
         """Everything that can be seen of the group, as plain values; sizes in bytes. Reads every map once."""
         moving = self.move.phase if self.move else None
-        return group_status(self.group, self.phase, moving, self.link, self.hydrator, self._exporter)
+        seen = group_status(self.group, self.phase, moving, self.link, self.hydrator, self._exporter)
+        return seen | {"importing": self.importing.status() if self.importing else None}
 
     def heat(self, cells: int) -> list[dict[str, Any]]:
         """The heat of each volume in at most ``cells`` runs of chunks, relative to the hottest of them."""
@@ -465,15 +460,15 @@ class HostedGroup:
         await self.group.gate.close_and_drain()
         lost = self._forgets or self.group.gate.error is not None
         if self.link is not None:
-            await _collect(errors, self.link.close(drain=drain and not lost, resume=resume))
+            await collect(errors, self.link.close(drain=drain and not lost, resume=resume))
         if self._forgets or (resume is not None and not errors):
-            await _collect(errors, self.state.forget(last=OFFER_RECORD))
+            await collect(errors, self.state.forget(last=OFFER_RECORD))
         elif not lost:
-            await _collect(errors, self.group.checkpoint())
-            await _collect(errors, remember_generation(self.state, self.link))
+            await collect(errors, self.group.checkpoint())
+            await collect(errors, remember_generation(self.state, self.link))
         self.group.gate.fail(ClosedError(f"group {self.name} was closed"))
-        await _collect(errors, self.group.aclose())
-        await _collect(errors, self.state.aclose())
+        await collect(errors, self.group.aclose())
+        await collect(errors, self.state.aclose())
         self.phase = "closed"
         self.hydrator.close()
         if not self._settled.is_set():
@@ -481,11 +476,3 @@ class HostedGroup:
         self._on_closed(self.name)
         if errors:
             raise errors[0]
-
-
-async def _collect(errors: list[SiloError], step: Awaitable[None]) -> None:
-    """One step of closing: an error is remembered, and the next step is taken all the same."""
-    try:
-        await step
-    except SiloError as error:
-        errors.append(error)

@@ -7,7 +7,8 @@ for a good number of chunks at once, so that the store's source can fetch neighb
 have lanes of their own there. A store that does not answer is asked again with growing delay; a chunk whose
 content is damaged is left for later, and said.
 
-Chunks that only a migration's source has are not its business: the migration pulls those.
+Chunks that only a migration's source has are not its business: the migration pulls those. An import
+(`silo.importing`) uses it for its own, which are absent at a peer of another kind.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ FirstReads = Callable[[], Awaitable[Mapping[str, Indices]]]
 class Hydrator:
     """See the module. ``error`` says why it makes no progress just now; empty when it does."""
 
-    def __init__(self, group: Group, clock: Clock) -> None:
+    def __init__(self, group: Group, clock: Clock, *, residency: Residency = Residency.ABSENT_STORE) -> None:
         self.error = ""
         self.first_reads: FirstReads | None = None
         self._group = group
+        self._residency = residency
         self._clock = clock
         self._delay_s = DELAY_MIN_S
         self._done = asyncio.Event()
@@ -65,14 +67,14 @@ class Hydrator:
             self._done.set()
 
     async def run(self) -> None:
-        """Hydrate until nothing is absent in the store. Cancellation leaves chunks absent or filled, no third way."""
-        if self.first_reads is not None and self._group.absent_counts((Residency.ABSENT_STORE,)):
+        """Hydrate until nothing is absent any more. Cancellation leaves chunks absent or filled, no third way."""
+        if self.first_reads is not None and self._group.absent_counts((self._residency,)):
             await self._prefetch(self.first_reads)
         while True:
             failed = 0
             for volume, chunks in self._batches():
                 failed += await self._hydrate(volume, chunks)
-            if not failed and not self._group.absent_counts((Residency.ABSENT_STORE,)):
+            if not failed and not self._group.absent_counts((self._residency,)):
                 break
             if failed:
                 await self._pause()
@@ -90,7 +92,7 @@ class Hydrator:
                 continue
             chunks = chunks[chunks < volume.chunks.count]
             states = volume.chunks.view[chunks] & RESIDENCY_MASK
-            absent = chunks[states == Residency.ABSENT_STORE]
+            absent = chunks[states == self._residency]
             for start in range(0, len(absent), CONCURRENCY):
                 await self._hydrate(volume, absent[start : start + CONCURRENCY].tolist())
 
@@ -99,7 +101,7 @@ class Hydrator:
         for volume in list(self._group.volumes.values()):
             for low in range(0, volume.chunks.count, SCAN):
                 limit = min(low + SCAN, volume.chunks.count)
-                absent = volume.chunks.select(RESIDENCY_MASK, Residency.ABSENT_STORE, low, limit)
+                absent = volume.chunks.select(RESIDENCY_MASK, self._residency, low, limit)
                 if not len(absent):
                     continue
                 heat = volume.heat.read_heat(low, limit)[absent - low]

@@ -13,7 +13,7 @@ after the claim still recognises itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 import msgspec
@@ -64,7 +64,9 @@ class VolumeSpec:
     chunk_size: int | None = None
     read_only: bool = False
     overwrite: bool = False
-    """The device may hold something else, which gives way to what the store or a peer has."""
+    """The device may hold something else, which gives way to what the store, a peer or an import has."""
+    import_from: str = ""
+    """A disk of an NBD server, as a URI (`silo.exports.nbd_uri`), that a new volume begins with (`silo.importing`)."""
 
 
 @attrs.frozen
@@ -249,8 +251,13 @@ async def open_volumes(
     link: StoreLink | None,
     head: Head | None,
     specs: Mapping[str, VolumeSpec],
+    *,
+    imported: Mapping[str, Callable[[Geometry], bytearray]] | None = None,
 ) -> None:
-    """Put the volumes on their devices, each with the map that tells the truth about it."""
+    """Put the volumes on their devices, each with the map that tells the truth about it.
+
+    ``imported``: for volumes that come from elsewhere, what their maps begin with when there are none yet.
+    """
     identity = await state.read_identity()
     here = set(await state.volume_names())
     if link is not None and head is not None and head.generation and not here.issuperset(specs):
@@ -262,6 +269,8 @@ async def open_volumes(
             fresh = bytearray(geometry.chunk_count)  # not used: there is a map
         elif stored is not None and link is not None:
             fresh = await _absent(link, name, spec, geometry)
+        elif imported is not None and name in imported:
+            fresh = imported[name](geometry)
         else:
             fresh = states_of_extents(geometry, await spec.device.data_extents())
         opened = await state.open_volume(name, geometry, fresh)

@@ -90,7 +90,7 @@ class StoreLink:
         self._directory = directory
         self._source = CurrentSource()
         self._early: Manifest | None = None
-        self._held = False
+        self._holds: set[str] = set()
         self._run: asyncio.Task[None] | None = None
         self.caretaker: Caretaker | None = None
         self.may_tidy: Callable[[], bool] = lambda: True
@@ -205,8 +205,8 @@ class StoreLink:
             fetch=self._fetch,
             directory=self._directory,
         )
-        if self._held:
-            syncer.hold(MIGRATION_HOLD)
+        for reason in self._holds:
+            syncer.hold(reason)
         self.syncer = syncer
         self.attach(group)
         self._resolve_through(syncer.manifest)
@@ -299,10 +299,7 @@ class StoreLink:
 
     async def hold_commits(self) -> None:
         """No commit is begun any more."""
-        if not self._held:
-            self._held = True
-            if self.syncer is not None:
-                self.syncer.hold(MIGRATION_HOLD)
+        self.hold(MIGRATION_HOLD)
 
     @property
     def flush_timeout_s(self) -> float:
@@ -311,15 +308,26 @@ class StoreLink:
 
     @property
     def holds_commits(self) -> bool:
-        """Whether a migration keeps commits back."""
-        return self._held
+        """Whether a migration or an import keeps commits back."""
+        return bool(self._holds)
 
     async def release_commits(self) -> None:
         """Commits may be made again."""
-        if self._held:
-            self._held = False
+        self.release_hold(MIGRATION_HOLD)
+
+    def hold(self, reason: str) -> None:
+        """No commit is begun, now or after `start`, until `release_hold` for the same reason. Twice is harmless."""
+        if reason not in self._holds:
+            self._holds.add(reason)
             if self.syncer is not None:
-                self.syncer.release_hold(MIGRATION_HOLD)
+                self.syncer.hold(reason)
+
+    def release_hold(self, reason: str) -> None:
+        """The reason is gone; harmless when there was none."""
+        if reason in self._holds:
+            self._holds.discard(reason)
+            if self.syncer is not None:
+                self.syncer.release_hold(reason)
 
     async def store_all(self) -> None:
         """Commit what is dirty now. A hold of ours is lifted for as long as that takes."""
@@ -327,7 +335,7 @@ class StoreLink:
             raise UnavailableError(
                 "nothing is kept in the store yet", hint="try again when the group is running"
             )
-        was_held = self._held
+        was_held = MIGRATION_HOLD in self._holds
         await self.release_commits()
         try:
             await self.syncer.sync_now()

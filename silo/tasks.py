@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 
-__all__ = ["task_group"]
+from silo.errors import SiloError
+
+__all__ = ["collect", "task_group"]
 
 
 @asynccontextmanager
@@ -40,3 +42,11 @@ async def task_group() -> AsyncIterator[asyncio.TaskGroup]:
 
 def _cancelled_its_caller(tasks: asyncio.TaskGroup) -> bool:
     return bool(getattr(tasks, "_parent_cancel_requested", False))
+
+
+async def collect(errors: list[SiloError], step: Awaitable[None]) -> None:
+    """One step of closing: an error is remembered, and the next step is taken all the same."""
+    try:
+        await step
+    except SiloError as error:
+        errors.append(error)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from silo.config import ServeConfig, load_config, merge_flags, parse_volume_flag
+from silo.config import ServeConfig, VolumeConfig, load_config, merge_flags, parse_volume_flag
 from silo.errors import InvalidRequestError
 
 FULL = """
@@ -193,3 +193,20 @@ def test_flags_for_nbd_beat_the_file(tmp_path: Path) -> None:
         merge_flags(config, nbd={"tls": "never"})
     with pytest.raises(InvalidRequestError, match="needs its key"):
         merge_flags(ServeConfig(), nbd={"certificate": "cert.pem"})
+
+
+def test_a_disk_can_be_imported(tmp_path: Path) -> None:
+    """By the file and by the flag; only from an NBD server, and not over a base."""
+    uri = "nbds://nas/vm1?tls-certificates=/etc/pki"
+    name, volume = parse_volume_flag(f"disk=disk.img,import={uri}")
+    assert (name, volume.import_from) == ("disk", uri)
+    text = f"[groups.vm1.volumes.disk]\npath = 'x'\nimport = '{uri}'\n"
+    assert load_config(write(tmp_path, text)).groups["vm1"].volumes["disk"] == VolumeConfig(
+        path="x", import_from=uri
+    )
+    for wrong, expected in (
+        (text.replace("nbds:", "http:"), "NBD server"),
+        (f"{text}base = 'y'", "not both"),
+    ):
+        with pytest.raises(InvalidRequestError, match=expected):
+            load_config(write(tmp_path, wrong))

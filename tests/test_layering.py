@@ -22,8 +22,8 @@ RINGS: dict[int, str] = {
     PORTS: "abc",
     DRIVERS: """chunklocks clock eventloop files frozen gate group hydration linux localchunks mapfile sockets statedir
         tasks threads throttle volume volumestate""",
-    FACES: """__main__ agent arriving cli config control daemon demo exporting flushing host hosted hydrator leaving
-        metrics moving nbdconfig opening restoring resuming seeing storelink testing trio""",
+    FACES: """__main__ agent arriving cli config control daemon demo exporting flushing host hosted hydrator importing
+        leaving metrics moving nbdconfig opening restoring resuming seeing storelink testing trio""",
 }
 """Where everything at the first level belongs. A new module needs its place here."""
 

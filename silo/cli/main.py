@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from silo.cli import certs, demo, group, move, output, serve, store
+from silo.cli import certs, demo, group, imports, move, output, serve, store
 from silo.errors import SiloError
 
 __all__ = ["app", "main"]
@@ -48,6 +48,7 @@ group.add_to(app)
 move.add_to(app)
 store.add_to(app)
 certs.add_to(app)
+imports.add_to(app)
 demo.add_to(app)
 
 

@@ -28,8 +28,9 @@ GroupName = Annotated[str | None, _flag("Open this group. Without any group, wai
 Volumes = Annotated[
     list[str] | None,
     _flag(
-        "NAME=PATH[,size=8G][,chunk_size=64K][,read_only=true][,base=IMAGE]: a disk of the group; with base, "
-        "copy-on-write over that image. Repeatable."
+        "NAME=PATH[,size=8G][,chunk_size=64K][,read_only=true][,base=IMAGE][,import=URI]: a disk of the group; with "
+        "base, copy-on-write over that image; with import, a new disk begins with what that NBD server has. "
+        "Repeatable."
     ),
 ]
 Listen = Annotated[

@@ -99,6 +99,11 @@ class NbdClient:
     ) -> None:
         await self.aclose()
 
+    @property
+    def is_lost(self) -> bool:
+        """Every call from now on will fail; connect anew."""
+        return self._end is not None
+
     # Requests
 
     async def read(self, offset: int, length: int) -> bytearray:

@@ -11,6 +11,9 @@ HOMES = {
     "tools": "tests/interop/test_nbd_tools.py",
     "extended": "tests/interop/test_nbd_extended.py",
     "hostile": "tests/interop/test_nbd_hostile.py",
+    "others": "tests/interop/test_nbd_client_others.py",
+    "import_kill": "tests/crash/test_import_kill.py",
+    "importing": "tests/test_importing.py",
     "serve": "tests/cli/test_serve_tls.py",
     "trim": "tests/test_volume_trim.py",
 }
