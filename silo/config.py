@@ -15,6 +15,9 @@ an error names the key, what was found and what would have been right::
     bandwidth = "200Mbit"
     lease = "30s"                             # let another host take over by itself; see docs/operations.md
 
+    [encryption]
+    key_file = "/etc/silo/keys"               # what new groups store is encrypted with the first of them
+
     [incoming]
     directory = "/srv/silo"                   # where the disks of arriving groups are put
 
@@ -172,6 +175,13 @@ class MigrationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return parse_duration(self.workload_timeout)
 
 
+class EncryptionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the master keys of encrypted groups are; never the keys themselves. See `silo.keysource`."""
+
+    key_file: str = ""
+    key_command: str = ""
+
+
 class IncomingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What is done with groups that arrive. Nothing a peer sends chooses a path; this does."""
 
@@ -196,6 +206,7 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Plain TCP between hosts, in a network that is trusted."""
     sync: SyncConfig = SyncConfig()
     migration: MigrationConfig = MigrationConfig()
+    encryption: EncryptionConfig = EncryptionConfig()
     incoming: IncomingConfig = IncomingConfig()
     nbd: NbdConfig = NbdConfig()
     groups: dict[str, GroupConfig] = {}
@@ -357,6 +368,8 @@ def merge_flags(
     listen: Sequence[str] = (),
     sync_interval: str | None = None,
     lease: str | None = None,
+    key_file: str = "",
+    key_command: str = "",
     incoming: str | None = None,
     nbd: Mapping[str, str | None] | None = None,
     **flags: str | bool | None,
@@ -366,6 +379,8 @@ def merge_flags(
     syncing = {"interval": sync_interval, "lease": lease}
     if given := {key: value for key, value in syncing.items() if value is not None}:
         changes["sync"] = msgspec.structs.replace(config.sync, **given)
+    if key_file or key_command:
+        changes["encryption"] = EncryptionConfig(key_file=key_file, key_command=key_command)
     if incoming is not None:
         changes["incoming"] = msgspec.structs.replace(config.incoming, directory=incoming)
     if given := {key: value for key, value in (nbd or {}).items() if value is not None}:

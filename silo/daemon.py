@@ -29,6 +29,7 @@ from silo.hooks.command import CommandWorkload
 from silo.host import Host
 from silo.hosted import HostedGroup
 from silo.importing import check_not_stored, remote_size
+from silo.keysource import load_keys
 from silo.moving import Move
 from silo.names import check_volume_name
 from silo.opening import VolumeSpec
@@ -69,6 +70,9 @@ async def serve_until_told(
             hot_size=config.migration.hot_bytes,
             connections=config.migration.connections,
         )
+        keys = await run_to_completion(
+            None, load_keys, config.encryption.key_file, config.encryption.key_command
+        )
         tls = await run_to_completion(None, config.nbd.load)
         async with Host(
             config.state,
@@ -77,6 +81,7 @@ async def serve_until_told(
             transport=None if config.tls_dir else plain,
             migration=migration,
             nbd=config.nbd.settings(),
+            keys=keys,
         ) as host:
             daemon = _Daemon(host, config, say, tls)
             await daemon.open_groups(host_is_dead=host_is_dead, after_lease=after_lease)

@@ -55,6 +55,7 @@ from silo.p2p.transport import PlainTransport
 from silo.resuming import RESUME_RECORD, begin_resumption, refuse_hibernated
 from silo.statedir import GroupState, StateDir
 from silo.storelink import StoreLink
+from silo.sync.cipher import KeyRing
 from silo.sync.settings import FetchSettings, SyncSettings
 from silo.sync.store_url import open_store
 
@@ -93,16 +94,19 @@ class Host:
         migration: MigrationSettings | None = None,
         nbd: NbdServerSettings | None = None,
         clock: Clock | None = None,
+        keys: KeyRing | None = None,
     ) -> None:
         """``listen`` is where other hosts may bring groups. With ``tls`` hosts reach one another over TCP, each
         showing its certificate; without it, over Unix sockets only. ``transport`` stands for any other way, plain TCP
-        (`silo.p2p.transport.PlainTransport`) among them. ``nbd`` limits what the clients of `export` may take."""
+        (`silo.p2p.transport.PlainTransport`) among them. ``nbd`` limits what the clients of `export` may take. ``keys``
+        encrypt what new groups have in their stores, and are needed for groups that are encrypted."""
         if tls is not None and transport is not None:
             raise InvalidRequestError("a host has either tls or a transport of its own")
         self.clock = clock or SystemClock()
         self.groups: dict[str, HostedGroup] = {}
         self._path = Path(state)
         self._listen = listen
+        self._keys = keys
         self._nbd = nbd
         self._tls = tls
         self._transport = transport or (TlsTransport(tls) if tls is not None else PlainTransport())
@@ -425,6 +429,7 @@ class Host:
             owns_store=isinstance(store, str),
             sync=sync,
             fetch=fetch,
+            keys=self._keys,
             directory=str(self._path),
         )
 

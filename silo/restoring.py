@@ -8,6 +8,7 @@ from typing import Any
 from silo.clock import SystemClock
 from silo.devices.file import FileDevice
 from silo.errors import InvalidRequestError
+from silo.sync.cipher import KeyRing
 from silo.sync.reader import StoreReader
 from silo.sync.restore import Progress, open_newest
 from silo.sync.restore import restore_volume as restore_onto
@@ -17,7 +18,9 @@ from silo.threads import run_to_completion
 __all__ = ["restore_volume"]
 
 
-async def restore_volume(store: str, group: str, volume: str, to: Path, progress: Progress) -> dict[str, Any]:
+async def restore_volume(
+    store: str, group: str, volume: str, to: Path, progress: Progress, keys: KeyRing | None = None
+) -> dict[str, Any]:
     """Write the newest generation of a volume to a new file or a block device, verified and flushed.
 
     Returns generation, cut time, size and the bytes read from the store. When it raises or is cancelled, a file
@@ -27,7 +30,7 @@ async def restore_volume(store: str, group: str, volume: str, to: Path, progress
     clock = SystemClock()
     objects = open_store(store, clock)
     try:
-        reader = StoreReader(objects, clock)
+        reader = StoreReader(objects, clock, keys=keys)
         manifest = await open_newest(reader, group)
         try:
             head = manifest.head

@@ -23,6 +23,7 @@ from silo.errors import FencedError, InvariantError, UnavailableError
 from silo.group import Group
 from silo.p2p.terms import Standing, Terms, Verdict
 from silo.sync.caretaker import Caretaker
+from silo.sync.cipher import KeyRing
 from silo.sync.claim import Expectation, Owner
 from silo.sync.head import Head, PartRef, VolumeInfo
 from silo.sync.hotlist import parse_hot
@@ -76,10 +77,12 @@ class StoreLink:
         sync: SyncSettings | None,
         fetch: FetchSettings | None,
         directory: str | None,
+        keys: KeyRing | None,
     ) -> None:
+        self._keys = keys
         self.store = store
-        self.reader = StoreReader(store, clock, fetch)
-        self.register = Register(store, name, clock, lease_s=sync.lease_s if sync else None)
+        self.reader = StoreReader(store, clock, fetch, keys=keys)
+        self.register = Register(store, name, clock, lease_s=sync.lease_s if sync else None, keys=keys)
         self.syncer: Syncer | None = None
         self._group: Group | None = None
         self._clock = clock
@@ -111,12 +114,13 @@ class StoreLink:
         sync: SyncSettings | None = None,
         fetch: FetchSettings | None = None,
         directory: str | None = None,
+        keys: KeyRing | None = None,
     ) -> Self:
         """Look whether the store is fit to be written to. `InvalidRequestError` when it is not.
 
         ``prepare`` writes down durably whom a claim is about to make the owner; it is awaited before every claim.
         ``owns_store``: `close` closes the store, and so does this when it raises. ``directory`` takes temporary
-        files.
+        files. ``keys`` encrypt a new group, and are needed for one that is encrypted.
         """
         link = cls(
             name,
@@ -127,6 +131,7 @@ class StoreLink:
             sync=sync,
             fetch=fetch,
             directory=directory,
+            keys=keys,
         )
         try:
             await probe_store(store, clock, prefix=f"{name}/")
@@ -204,6 +209,7 @@ class StoreLink:
             self._sync,
             fetch=self._fetch,
             directory=self._directory,
+            keys=self._keys,
         )
         for reason in self._holds:
             syncer.hold(reason)
@@ -279,7 +285,10 @@ class StoreLink:
         if hot is None:
             return {}
         data = await self.reader.read(hot.key, hot.offset, hot.length, demand=False)
-        return {} if data is None else parse_hot(data, digest=bytes.fromhex(hot.digest))
+        if data is None:
+            return {}
+        opened, digest = self.reader.unseal(data, hot)
+        return parse_hot(opened, digest=digest)
 
     @property
     def fetched_bytes(self) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from silo.cli.keys import KeyCommand, KeyFile
 from silo.cli.output import console, print_json
 from silo.config import ServeConfig, load_config, merge_flags
 from silo.eventloop import AttentiveLoop
@@ -136,6 +137,8 @@ def serve(
     nbd_client_certificates: NbdClients = None,
     flush: Flush = None,
     lease: Lease = None,
+    encryption_key_file: KeyFile = "",
+    encryption_key_command: KeyCommand = "",
     host_is_dead: HostIsDead = False,
     after_lease: AfterLease = False,
     json: Json = False,
@@ -159,6 +162,8 @@ def serve(
         sync_interval=sync_interval,
         flush=flush,
         lease=lease,
+        key_file=encryption_key_file,
+        key_command=encryption_key_command,
         store=store,
         state=state,
         peer=peer,

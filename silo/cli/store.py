@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from silo.cli.keys import KeyCommand, KeyFile
 from silo.cli.output import console, print_json
 from silo.errors import InvalidRequestError
 from silo.settings import format_size
@@ -28,6 +29,8 @@ def restore(
     to: Annotated[
         Path, typer.Option(help="The disk image to write. It must not exist, or be a block device.")
     ],
+    encryption_key_file: KeyFile = "",
+    encryption_key_command: KeyCommand = "",
     json: Annotated[bool, typer.Option("--json", help="One object when it is done.")] = False,
 ) -> None:
     """Write the newest stored generation of a volume to a file, every byte verified.
@@ -37,7 +40,10 @@ def restore(
     """
     if to.exists() and not to.is_block_device():
         raise InvalidRequestError(f"{to} exists already", hint="name a new file; nothing is overwritten")
+    from silo.keysource import load_keys
     from silo.restoring import restore_volume
+
+    keys = load_keys(encryption_key_file, encryption_key_command)
 
     with Progress(
         TextColumn("restoring"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn(),
@@ -48,7 +54,7 @@ def restore(
         def tell(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        found = asyncio.run(restore_volume(store, group, volume, to, tell))
+        found = asyncio.run(restore_volume(store, group, volume, to, tell, keys))
     if json:
         print_json({"group": group, "volume": volume, **found})
     else:

@@ -97,14 +97,21 @@ class Census:
             return None
         if head.root.stored is None:
             return parse_root(head.root.inline or b"")
-        return parse_root(await self._read(head.root.stored), digest=bytes.fromhex(head.root.stored.digest))
+        data, digest = await self._read(head.root.stored)
+        return parse_root(data, digest=digest)
 
     async def _page(self, volume: str, page: int, part: PartRef, entries: int) -> dict[str, int]:
         known = self._pages.pop(part.digest, None)
         if known is None:
-            data = await self._read(part)
-            digest = bytes.fromhex(part.digest)
-            found = parse_page(data, digest=digest, volume=volume, page=page, entry_count=entries)
+            data, digest = await self._read(part)
+            found = parse_page(
+                data,
+                digest=digest,
+                volume=volume,
+                page=page,
+                entry_count=entries,
+                encrypted=self._reader.keys is not None,
+            )
             sizes = _sizes(found.slots, len(found.keys))
             known = dict(zip(found.keys, sizes, strict=True))
             await asyncio.sleep(0)
@@ -113,11 +120,12 @@ class Census:
             del self._pages[next(iter(self._pages))]
         return known
 
-    async def _read(self, part: PartRef) -> Buffer:
+    async def _read(self, part: PartRef) -> tuple[Buffer, bytes]:
+        """A part, and the digest that it must have."""
         data = await self._reader.read(part.key, part.offset, part.length, demand=False)
         if data is None:
             raise CorruptionError(f"{part.key} is missing from the store")
-        return data
+        return self._reader.unseal(data, part)
 
 
 def _named_by(head: Head) -> Iterator[str]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import attrs
 import numpy as np
 
+from silo.sync.cipher import KeyRing, Sealer
 from silo.sync.claim import Owner
 from silo.sync.codec import digest_of
 from silo.sync.head import PartRef, RootRef
-from silo.sync.layout import Magic, SegmentName, pack_preamble
+from silo.sync.layout import FEATURE_ENCRYPTED, Magic, SegmentName, pack_preamble
 from silo.sync.manifest import Manifest
 from silo.sync.mappage import SLOT, Root, encode_page, encode_root
 from silo.sync.sender import ObjectSender
@@ -56,7 +57,7 @@ async def write_checkpoint(
 
     `CorruptionError` and `UnavailableError` when one of those cannot be read. Uploads as `ObjectSender.send`.
     """
-    writer = _Writer(sender, owner, size_max)
+    writer = _Writer(sender, owner, size_max, manifest.keys)
     moved: dict[str, dict[int, PartRef | None]] = {}
     for name, volume in manifest.maps.volumes.items():
         moved[name] = {}
@@ -82,7 +83,7 @@ def _merged(parts: dict[int, PartRef], moved: dict[int, PartRef | None]) -> dict
 class _Writer:
     """Packs parts into objects, one of which is being filled."""
 
-    def __init__(self, sender: ObjectSender, owner: Owner, size_max: int) -> None:
+    def __init__(self, sender: ObjectSender, owner: Owner, size_max: int, keys: KeyRing | None) -> None:
         self.last_seq = 0
         self._sender = sender
         self._owner = owner
@@ -90,6 +91,8 @@ class _Writer:
         self._buffers: list[bytes] = []
         self._size = 0
         self._name: SegmentName | None = None
+        self._keys = keys
+        self._sealer: Sealer | None = None
 
     async def add(self, part: bytes) -> PartRef:
         """Where the part will be when the writer is finished."""
@@ -97,8 +100,11 @@ class _Writer:
             await self.finish()
         if self._name is None:
             self._name = self._sender.name(self._owner)
-            self._buffers = [pack_preamble(Magic.PAGES)]
+            self._sealer = self._sender.sealer(self._name, self._keys)
+            self._buffers = [pack_preamble(Magic.PAGES, FEATURE_ENCRYPTED if self._sealer else 0)]
             self._size = len(self._buffers[0])
+        if self._sealer is not None:
+            part = self._sealer.part(part, self._size)
         reference = PartRef(self._name.key, self._size, len(part), digest_of(part).hex())
         self._buffers.append(part)
         self._size += len(part)

@@ -26,8 +26,9 @@ import attrs
 import msgspec
 
 from silo.errors import CorruptionError, FencedError, InvalidRequestError, InvariantError
+from silo.sync.cipher import KeyRing, check_keys
 from silo.sync.head import ClaimRecord, Head, VolumeInfo, WriterState
-from silo.sync.layout import FORMAT_VERSION
+from silo.sync.layout import FEATURE_ENCRYPTED, FORMAT_VERSION
 
 __all__ = [
     "Expectation",
@@ -222,14 +223,18 @@ def build_claim(
     volumes: Sequence[VolumeInfo],
     now: float,
     lease_s: float | None = None,
+    keys: KeyRing | None = None,
 ) -> Head:
     """The head with which ``incarnation`` becomes the owner. Only the ownership changes, nothing that is stored.
 
     ``volumes`` are those that the claimant has: they make a new group, and must fit the head of an old one, which
     keeps its own until the next commit. Without any there is nothing to check.
     """
-    if found is not None and volumes:
-        check_volumes(found, volumes)
+    if found is not None:
+        check_keys(group, found.keys, keys)
+        if volumes:
+            check_volumes(found, volumes)
+    names = _with_current(found.keys if found else (), keys)
     record = ClaimRecord(
         nonce=claim_nonce,
         previous_epoch=found.epoch if found else 0,
@@ -248,12 +253,13 @@ def build_claim(
             claim=record,
             lease_s=lease_s,
             intent=None,
+            keys=names,
         )
     if not volumes:
         raise InvalidRequestError(f"group {group} does not exist and cannot be created without volumes")
     return Head(
         version=FORMAT_VERSION,
-        incompat=0,
+        incompat=FEATURE_ENCRYPTED if names else 0,
         group=group,
         epoch=epoch,
         incarnation=incarnation,
@@ -266,7 +272,15 @@ def build_claim(
         segments=(),
         claim=record,
         lease_s=lease_s,
+        keys=names,
     )
+
+
+def _with_current(named: tuple[int, ...], keys: KeyRing | None) -> tuple[int, ...]:
+    """The keys that the head must name from now on: before anything is stored under a new one."""
+    if keys is None or keys.current in named:
+        return named
+    return (*named, keys.current)
 
 
 def check_volumes(head: Head, volumes: Sequence[VolumeInfo]) -> None:

@@ -19,10 +19,11 @@ import zstandard
 from blake3 import blake3
 
 from silo.abc import Buffer
-from silo.errors import CorruptionError
+from silo.errors import CorruptionError, InvariantError
+from silo.sync.cipher import KeyRing
 from silo.zeros import is_zero
 
-__all__ = ["DIGEST_SIZE", "LEVEL", "ChunkDecoder", "ChunkEncoder", "Encoded", "Kind", "digest_of"]
+__all__ = ["DIGEST_SIZE", "LEVEL", "ChunkDecoder", "ChunkEncoder", "Encoded", "Kind", "Place", "digest_of"]
 
 DIGEST_SIZE = 32
 SAMPLE = 4 * 1024
@@ -48,6 +49,16 @@ class Kind(enum.IntEnum):
 
 
 @attrs.frozen
+class Place:
+    """Where a payload is, and what it is for."""
+
+    key: str
+    """Of the object."""
+    volume: str
+    chunk: int
+
+
+@attrs.frozen
 class Encoded:
     """What is stored of one chunk. ``payload`` and ``digest`` are empty for `Kind.ZERO`."""
 
@@ -67,7 +78,8 @@ def digest_of(data: Buffer) -> bytes:
 class ChunkEncoder:
     """Turns contents into `Encoded`. One thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: KeyRing | None = None) -> None:
+        self._digest = keys.digest if keys is not None else digest_of
         self._compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False)
 
     def encode(
@@ -80,7 +92,7 @@ class ChunkEncoder:
         """
         if is_zero(content):
             return ZERO
-        digest = digest_of(content)
+        digest = self._digest(content)
         if digest == known:
             return None
         if not doubtful or self._sample_compresses(content):
@@ -104,14 +116,23 @@ def _is_smaller(packed: bytes, content: Buffer) -> bool:
 class ChunkDecoder:
     """Turns stored payloads back into verified contents. One thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, keys: KeyRing | None = None) -> None:
+        self._keys = keys
         self._decompressor = zstandard.ZstdDecompressor()
 
-    def decode(self, kind: int, payload: Buffer, length: int, digest: bytes) -> Buffer:
+    def decode(
+        self, kind: int, payload: Buffer, length: int, digest: bytes, place: Place | None = None
+    ) -> Buffer:
         """The content of a chunk of ``length`` bytes. Raises `CorruptionError` unless it has this digest.
 
+        ``place`` is where the payload was read and what it is for: without it nothing encrypted can be opened.
         Only for the kinds with a payload. Never allocates more than ``length`` for what hostile bytes claim.
         """
+        key_id: int | None = None
+        if self._keys is not None:
+            if place is None:
+                raise InvariantError("an encrypted chunk was read without saying where")
+            payload, key_id = self._keys.open_chunk(payload, place.key, place.volume, place.chunk)
         if kind == Kind.ZSTD:
             content: Buffer = self._decompress(payload, length)
         elif kind == Kind.RAW:
@@ -120,7 +141,8 @@ class ChunkDecoder:
             raise CorruptionError(f"an entry of kind {kind} has no payload that could be read")
         if len(content) != length:
             raise CorruptionError(f"a chunk of {length} bytes is stored as {len(content)}")
-        if digest_of(content) != digest:
+        found = digest_of(content) if self._keys is None else self._keys.digest(content, key_id)
+        if found != digest:
             raise CorruptionError("the content of a chunk does not have its digest")
         return content
 

@@ -24,7 +24,7 @@ from silo.sync.checkpointer import Checkpoint, changed_bytes, write_checkpoint
 from silo.sync.claim import Owner
 from silo.sync.codec import digest_of
 from silo.sync.head import Head, PartRef, VolumeInfo, WriterState
-from silo.sync.layout import PREAMBLE_SIZE, Magic, pack_preamble
+from silo.sync.layout import FEATURE_ENCRYPTED, PREAMBLE_SIZE, Magic, pack_preamble
 from silo.sync.manifest import Manifest
 from silo.sync.pending import Pending
 from silo.sync.planner import checkpoint_due
@@ -67,7 +67,7 @@ class Committer:
         self._group = group
         self._register = register
         self._settings = settings
-        self._workers = Workers(settings.threads)
+        self._workers = Workers(settings.threads, keys=manifest.keys)
         self._pending = Pending(manifest, directory)
         self._pending_owner: Owner | None = None
         self._uploader = Uploader(group.name, manifest, self._pending, self.sender, self._workers, settings)
@@ -92,7 +92,10 @@ class Committer:
     async def store_part(self, data: bytes) -> PartRef:
         """Store an object of its own for a part that an amendment is going to name. As `ObjectSender.send`."""
         name = self.sender.name(self._owner())
-        buffers = [pack_preamble(Magic.PAGES), data]
+        sealer = self.sender.sealer(name, self.manifest.keys)
+        if sealer is not None:
+            data = sealer.part(data, PREAMBLE_SIZE)
+        buffers = [pack_preamble(Magic.PAGES, FEATURE_ENCRYPTED if sealer else 0), data]
         size = PREAMBLE_SIZE + len(data)
         await self.sender.enter(size)
         try:

@@ -26,6 +26,7 @@ from silo.names import check_group_name, check_volume_name
 from silo.sync.codec import digest_of
 from silo.sync.layout import (
     EPOCH_MAX,
+    FEATURE_ENCRYPTED,
     GENERATION_MAX,
     PREAMBLE_SIZE,
     SEQ_MAX,
@@ -191,6 +192,8 @@ class Head(msgspec.Struct, frozen=True, omit_defaults=True):
     is released is *hibernated*: any host may resume it. The next generation is without."""
     parents: tuple[str, ...] = ()
     """Keys of the pins in other groups that keep what this group refers to there."""
+    keys: tuple[int, ...] = ()
+    """Ids of the master keys that something of this group was encrypted with; none: it is not encrypted."""
     kept: Kept | None = None
     """Only in records, never in the register."""
 
@@ -271,6 +274,8 @@ def _check(head: Head, group: str) -> None:
     _require(head.lease_s is None or 0 < head.lease_s <= LEASE_MAX_S, "lease")
     if head.intent is not None:
         _require(is_incarnation(head.intent.incarnation) and 0 < len(head.intent.over) <= 64, "intent")
+    _require(bool(head.keys) == bool(head.incompat & FEATURE_ENCRYPTED), "keys")
+    _require(all(0 < key < 1 << 32 for key in head.keys), "keys")
     _require(0 < len(head.volumes) < VOLUMES_MAX, "number of volumes")
     _require(len({volume.name for volume in head.volumes}) == len(head.volumes), "a volume is named twice")
     for volume in head.volumes:

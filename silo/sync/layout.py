@@ -33,6 +33,7 @@ from silo.names import check_group_name
 
 __all__ = [
     "EPOCH_MAX",
+    "FEATURE_ENCRYPTED",
     "FORMAT_VERSION",
     "GENERATION_MAX",
     "PREAMBLE_SIZE",
@@ -55,6 +56,11 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+
+FEATURE_ENCRYPTED = 1
+"""What is in an object, or in all objects of a group, is in envelopes (`silo.sync.cipher`)."""
+FEATURES = FEATURE_ENCRYPTED
+"""All incompatible features that this code knows."""
 
 EPOCH_MAX = 10**10 - 1
 """Ten digits: one claim per second for three centuries."""
@@ -179,9 +185,9 @@ PREAMBLE_SIZE = _PREAMBLE.size
 """16 bytes: magic, format version, two bytes of zero, incompatible-feature bits."""
 
 
-def pack_preamble(magic: bytes) -> bytes:
-    """The beginning of a binary object or part that uses no incompatible feature."""
-    return _PREAMBLE.pack(magic, FORMAT_VERSION, 0, 0)
+def pack_preamble(magic: bytes, features: int = 0) -> bytes:
+    """The beginning of a binary object or part that uses these incompatible features."""
+    return _PREAMBLE.pack(magic, FORMAT_VERSION, 0, features)
 
 
 def parse_preamble(data: Buffer, magic: bytes) -> None:
@@ -197,7 +203,7 @@ def parse_preamble(data: Buffer, magic: bytes) -> None:
 
 def check_readable(what: str, version: int, features: int) -> None:
     """Raise `CorruptionError` for a format version or an incompatible feature that this code does not know."""
-    if version != FORMAT_VERSION or features:
+    if version != FORMAT_VERSION or features & ~FEATURES:
         raise CorruptionError(
             f"{what}: format {version} with feature bits {features:#x} cannot be read",
             hint="it was written by a newer version of Silo, or it is damaged",

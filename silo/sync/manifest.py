@@ -18,6 +18,7 @@ import numpy as np
 
 from silo.abc import Buffer
 from silo.errors import CorruptionError, InvalidRequestError
+from silo.sync.cipher import KeyRing, check_keys
 from silo.sync.committed import CommittedMap, Location, VolumeMap
 from silo.sync.flight import SingleFlight
 from silo.sync.head import Head, PartRef, SegmentRef, VolumeInfo
@@ -32,10 +33,13 @@ INDEXES_AT_ONCE = 64
 """Indexes that are held in memory before they are applied: 2 MiB of full segments."""
 
 
-def parse_index_of(segment: SegmentRef, data: Buffer) -> Index:
-    """The index that a head speaks of."""
-    digest = bytes.fromhex(segment.index_digest)
-    return parse_index(data, index_offset=segment.index_offset, digest=digest)
+def parse_index_of(segment: SegmentRef, data: Buffer, reader: StoreReader) -> Index:
+    """The index that a head speaks of, as it was read by this reader."""
+    part = PartRef(segment.key, segment.index_offset, segment.index_length, segment.index_digest)
+    opened, digest = reader.unseal(data, part)
+    return parse_index(
+        opened, index_offset=segment.index_offset, digest=digest, encrypted=reader.keys is not None
+    )
 
 
 class Manifest:
@@ -59,6 +63,7 @@ class Manifest:
         reads them beside its page. ``directory`` takes the map of a large disk, sparse and unlinked; on a tmpfs it
         counts as memory. Raises as `complete`.
         """
+        check_keys(head.group, head.keys, reader.keys)
         committed = CommittedMap(directory)
         manifest = cls(head, committed, reader)
         try:
@@ -71,6 +76,11 @@ class Manifest:
             committed.close()
             raise
         return manifest
+
+    @property
+    def keys(self) -> KeyRing | None:
+        """The master keys, when the group is encrypted."""
+        return self._reader.keys
 
     @property
     def is_complete(self) -> bool:
@@ -94,7 +104,7 @@ class Manifest:
                     for part in segments
                 ]
             for segment, read in zip(segments, reads, strict=True):
-                self.maps.apply(parse_index_of(segment, read.result()), segment.key)
+                self.maps.apply(parse_index_of(segment, read.result(), self._reader), segment.key)
             self._unapplied = self._unapplied[INDEXES_AT_ONCE:]
 
     async def _read_root(self) -> Root | None:
@@ -103,11 +113,13 @@ class Manifest:
             return None
         if root.stored is None:
             return parse_root(root.inline or b"")
-        data = await self._read_part(root.stored)
-        return parse_root(data, digest=bytes.fromhex(root.stored.digest))
+        data, digest = await self._read_part(root.stored)
+        return parse_root(data, digest=digest)
 
-    async def _read_part(self, part: PartRef, *, demand: bool = True) -> Buffer:
-        return await self._read(part.key, part.offset, part.length, demand=demand)
+    async def _read_part(self, part: PartRef, *, demand: bool = True) -> tuple[Buffer, bytes]:
+        """A part, and the digest that it must have."""
+        data = await self._read(part.key, part.offset, part.length, demand=demand)
+        return self._reader.unseal(data, part)
 
     async def _read(self, key: str, offset: int, length: int, *, demand: bool) -> Buffer:
         data = await self._reader.read(key, offset, length, demand=demand)
@@ -166,10 +178,17 @@ class Manifest:
         if volume.loaded[page]:
             return
         part = volume.parts[page]
-        data = await self._read_part(part, demand=demand)
+        data, digest = await self._read_part(part, demand=demand)
         first, limit = volume.extent_of(page)
-        digest = bytes.fromhex(part.digest)
-        volume.install(parse_page(data, digest=digest, volume=name, page=page, entry_count=limit - first))
+        found = parse_page(
+            data,
+            digest=digest,
+            volume=name,
+            page=page,
+            entry_count=limit - first,
+            encrypted=self.keys is not None,
+        )
+        volume.install(found)
 
     # ---- the owner's commits --------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ from silo.abc import Buffer
 from silo.errors import CorruptionError, InvalidRequestError
 from silo.geometry import CHUNK_SIZE_MAX
 from silo.names import check_volume_name
+from silo.sync.cipher import OVERHEAD
 from silo.sync.codec import DIGEST_SIZE, Kind, digest_of
 from silo.sync.head import HEAD_SIZE_MAX, PartRef
 from silo.sync.layout import (
@@ -130,8 +131,10 @@ def encode_page(page: Page) -> bytes:
     return b"".join((pack_preamble(Magic.PAGE), head, names, page.slots.astype(SLOT, copy=False).tobytes()))
 
 
-def parse_page(data: Buffer, *, digest: bytes, volume: str, page: int, entry_count: int) -> Page:
-    """The page that must have this digest and be about these chunks."""
+def parse_page(
+    data: Buffer, *, digest: bytes, volume: str, page: int, entry_count: int, encrypted: bool = False
+) -> Page:
+    """The page that must have this digest and be about these chunks, which are ``encrypted`` or not."""
     if digest_of(data) != digest:
         raise CorruptionError(f"page {page} of the map of {volume} does not have its digest")
     parse_preamble(data, Magic.PAGE)
@@ -144,16 +147,21 @@ def parse_page(data: Buffer, *, digest: bytes, volume: str, page: int, entry_cou
     if len(data) - start != count * SLOT.itemsize:
         raise CorruptionError(f"page {page} of the map of {volume} has a wrong length")
     slots = np.frombuffer(data, dtype=SLOT, offset=start)
-    _check_slots(slots, len(names) - 1)
+    _check_slots(slots, len(names) - 1, encrypted=encrypted)
     return Page(volume, page, names[1:], slots)
 
 
-def _check_slots(slots: Slots, key_count: int) -> None:
+def _check_slots(slots: Slots, key_count: int, *, encrypted: bool) -> None:
     kind, offset, length = slots["kind"], slots["offset"], slots["length"]
     paid = (kind == Kind.RAW) | (kind == Kind.ZSTD)
     sound = paid | (kind == Kind.ZERO) | (kind == Kind.INHERIT)
-    sound &= (slots["flags"] == 0) & (slots["reserved"] == 0) & (slots["key_id"] == 0)
-    placed = (slots["segment"] < key_count) & (length > 0) & (length <= CHUNK_SIZE_MAX)
+    sound &= (slots["flags"] == 0) & (slots["reserved"] == 0)
+    sound &= (slots["key_id"] != 0) == (paid & encrypted)
+    placed = (
+        (slots["segment"] < key_count)
+        & (length > 0)
+        & (length <= CHUNK_SIZE_MAX + (OVERHEAD if encrypted else 0))
+    )
     placed &= (offset >= PREAMBLE_SIZE) & (offset < 1 << 40)
     sound &= np.where(paid, placed, (slots["segment"] == 0) & (offset == 0) & (length == 0))
     if not bool(sound.all()):

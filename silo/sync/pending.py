@@ -20,12 +20,12 @@ from collections.abc import Iterator
 import attrs
 
 from silo.chunkmap import Indices
-from silo.sync.codec import Kind
+from silo.sync.codec import Kind, digest_of
 from silo.sync.committed import CommittedMap
 from silo.sync.head import PartRef, SegmentRef
 from silo.sync.layout import SegmentName
-from silo.sync.manifest import Manifest, parse_index_of
-from silo.sync.segment import Index, Segment
+from silo.sync.manifest import Manifest
+from silo.sync.segment import Index, Segment, parse_index
 
 __all__ = ["Pending"]
 
@@ -37,6 +37,8 @@ class _Listed:
     seq: int
     segment: SegmentRef = attrs.field(order=False)
     spooled: tuple[int, int] = attrs.field(order=False)
+    digest: bytes = attrs.field(order=False)
+    """Of the index as it is spooled."""
 
 
 class Pending:
@@ -67,13 +69,13 @@ class Pending:
     def add(self, name: SegmentName, segment: Segment) -> None:
         """A segment of the cut in progress is stored."""
         reference = SegmentRef(
-            name.key, segment.size, segment.index_offset, len(segment.index), segment.index_digest.hex()
+            name.key, segment.size, segment.index_offset, segment.index_length, segment.index_digest.hex()
         )
         self._spool.seek(self._spool_end)
         self._spool.write(segment.index)
         spooled = (self._spool_end, len(segment.index))
         self._spool_end += len(segment.index)
-        self._listed.append(_Listed(name.seq, reference, spooled))
+        self._listed.append(_Listed(name.seq, reference, spooled, digest_of(segment.index)))
         self._listed.sort()  # uploads end in any order
 
     def digests(self, volume: str, chunks: Indices) -> list[bytes | None]:
@@ -107,7 +109,12 @@ class Pending:
     def _index(self, listed: _Listed) -> Index:
         start, length = listed.spooled
         self._spool.seek(start)
-        return parse_index_of(listed.segment, self._spool.read(length))
+        return parse_index(
+            self._spool.read(length),
+            index_offset=listed.segment.index_offset,
+            digest=listed.digest,
+            encrypted=self._manifest.keys is not None,
+        )
 
     def carry_over(self) -> None:
         """A round has ended, or a cut was abandoned: what is stored is compared with from now on. Nothing may be on its

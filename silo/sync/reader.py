@@ -13,6 +13,9 @@ from typing import TypeVar
 
 from silo.abc import Buffer, Clock, ObjectStore
 from silo.errors import CorruptionError, InvalidRequestError, UnavailableError
+from silo.sync.cipher import KeyRing
+from silo.sync.codec import digest_of
+from silo.sync.head import PartRef
 from silo.sync.retry import Backoff, bounded
 from silo.sync.settings import FetchSettings
 
@@ -24,7 +27,16 @@ T = TypeVar("T")
 class StoreReader:
     """See the module. Concurrent calls are what it is for."""
 
-    def __init__(self, store: ObjectStore, clock: Clock, settings: FetchSettings | None = None) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        clock: Clock,
+        settings: FetchSettings | None = None,
+        *,
+        keys: KeyRing | None = None,
+    ) -> None:
+        self.keys = keys
+        """The master keys of an encrypted group."""
         self.settings = settings or FetchSettings()
         self.bytes_read = 0
         self._background = asyncio.Semaphore(self.settings.background_lanes)
@@ -42,6 +54,17 @@ class StoreReader:
             async with self._background:
                 return await self.read_now(key, offset, length)
         return await self.patiently(lambda: self.read_now(key, offset, length))
+
+    def unseal(self, data: Buffer, part: PartRef) -> tuple[Buffer, bytes]:
+        """What was read of a part, decrypted if need be, and the digest that this must have. `CorruptionError` when it
+        cannot be decrypted."""
+        digest = bytes.fromhex(part.digest)
+        if self.keys is None:
+            return data, digest
+        if digest_of(data) != digest:
+            raise CorruptionError(f"a part of {part.key} does not have its digest")
+        opened = self.keys.open_part(data, part.key, part.offset)
+        return opened, digest_of(opened)
 
     async def read_object(self, key: str) -> Buffer | None:
         """The whole of an object, on demand; ``None`` when there is none. Raises as `read`."""

@@ -28,6 +28,7 @@ import msgspec
 
 from silo.abc import Clock, ObjectStore
 from silo.errors import FencedError, InvalidRequestError, InvariantError, SiloError, UnavailableError
+from silo.sync.cipher import KeyRing
 from silo.sync.claim import (
     Expectation,
     Owner,
@@ -84,6 +85,7 @@ class Register:
         settings: RetrySettings | None = None,
         *,
         lease_s: float | None = None,
+        keys: KeyRing | None = None,
     ) -> None:
         self.group = group
         self.incarnation = clock.token(8).hex()
@@ -91,6 +93,7 @@ class Register:
         """The head as this owner last claimed or committed it."""
         self.lease = Lease(lease_s) if lease_s is not None else None
         """What is known of our right to serve; ``None`` when it ends only with another claim."""
+        self._keys = keys
         self._store = store
         self._clock = clock
         self._settings = settings or RetrySettings()
@@ -248,6 +251,7 @@ class Register:
                 volumes=volumes,
                 now=self._clock.wall(),
                 lease_s=self.lease.lease_s if self.lease else None,
+                keys=self._keys,
             )
             if prepare is not None and owner_of(head) != attempted:
                 await prepare(owner_of(head), claim_nonce)

@@ -24,7 +24,7 @@ from silo.abc import BlockDevice
 from silo.chunkmap import ChunkMap, Residency, runs_of
 from silo.errors import CorruptionError, InvalidRequestError, InvariantError
 from silo.geometry import Geometry
-from silo.sync.codec import Kind
+from silo.sync.codec import Kind, Place
 from silo.sync.head import parse_head
 from silo.sync.layout import head_key
 from silo.sync.manifest import Manifest
@@ -107,7 +107,7 @@ async def restore_volume(
     if device.size < info.size:
         raise InvalidRequestError(f"volume {name} has {info.size} bytes, and the device only {device.size}")
     await manifest.complete()
-    workers = Workers(reader.settings.threads, "silo-restore")
+    workers = Workers(reader.settings.threads, "silo-restore", reader.keys)
     try:
         restore = _Restore(manifest, reader, name, info.geometry, device, workers, progress)
         await restore.run()
@@ -199,8 +199,9 @@ class _Restore:
         for chunk, slot in zip(job.chunks, job.slots, strict=True):
             start = int(slot["offset"]) - job.start
             length = self._geometry.extent_of(chunk)[1]
+            place = Place(job.key, self._name, chunk)
             part = view[start : start + int(slot["length"])]
-            batch.append(Stored(int(slot["kind"]), part, length, slot["digest"].tobytes()))
+            batch.append(Stored(int(slot["kind"]), part, length, slot["digest"].tobytes(), place))
         contents = await self._workers.decode(batch)
         for chunk, content in zip(job.chunks, contents, strict=True):
             if isinstance(content, CorruptionError):

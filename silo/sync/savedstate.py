@@ -15,10 +15,11 @@ import struct
 
 from silo.abc import STATE_SIZE_MAX
 from silo.errors import CapacityError, CorruptionError
+from silo.sync.cipher import OVERHEAD, KeyRing, check_keys
 from silo.sync.claim import Owner
 from silo.sync.codec import digest_of
 from silo.sync.head import Head, PartRef
-from silo.sync.layout import PREAMBLE_SIZE, Magic, pack_preamble, parse_preamble
+from silo.sync.layout import FEATURE_ENCRYPTED, PREAMBLE_SIZE, Magic, pack_preamble, parse_preamble
 from silo.sync.reader import StoreReader
 from silo.sync.sender import ObjectSender
 
@@ -27,8 +28,10 @@ __all__ = ["read_state", "write_state"]
 _LENGTH = struct.Struct("<Q")
 
 
-async def write_state(sender: ObjectSender, owner: Owner, state: bytes) -> PartRef:
-    """Store the state, and say where it is. Waits as long as the store does not answer: the caller has a deadline.
+async def write_state(
+    sender: ObjectSender, owner: Owner, state: bytes, keys: KeyRing | None = None
+) -> PartRef:
+    """Store the state, encrypted with ``keys``, and say where it is. Waits as long as the store does not answer: the caller has a deadline.
 
     Cancelled, it leaves an object to which nothing refers. `CapacityError` when the state is too large.
     """
@@ -38,7 +41,11 @@ async def write_state(sender: ObjectSender, owner: Owner, state: bytes) -> PartR
         )
     body = _LENGTH.pack(len(state)) + state
     name = sender.name(owner)
-    await sender.send(name, (pack_preamble(Magic.STATE), body), PREAMBLE_SIZE + len(body))
+    sealer = sender.sealer(name, keys)
+    if sealer is not None:
+        body = sealer.part(body, PREAMBLE_SIZE)
+    front = pack_preamble(Magic.STATE, FEATURE_ENCRYPTED if sealer else 0)
+    await sender.send(name, (front, body), PREAMBLE_SIZE + len(body))
     return PartRef(name.key, PREAMBLE_SIZE, len(body), digest_of(body).hex())
 
 
@@ -49,7 +56,8 @@ async def read_state(reader: StoreReader, head: Head) -> bytes:
         raise CorruptionError(
             f"generation {head.generation} of group {head.group} has no state of a workload"
         )
-    if part.length > _LENGTH.size + STATE_SIZE_MAX:
+    check_keys(head.group, head.keys, reader.keys)
+    if part.length > _LENGTH.size + STATE_SIZE_MAX + OVERHEAD:
         raise CorruptionError(f"{part.key} would hold {part.length} bytes of state")
     data = await reader.read_object(part.key)
     if data is None:
@@ -58,6 +66,7 @@ async def read_state(reader: StoreReader, head: Head) -> bytes:
     body = bytes(data[part.offset : part.offset + part.length])
     if digest_of(body).hex() != part.digest:
         raise CorruptionError(f"{part.key} does not have its digest")
+    body = bytes(reader.unseal(body, part)[0])
     (length,) = _LENGTH.unpack_from(body)
     if length != len(body) - _LENGTH.size:
         raise CorruptionError(f"{part.key} has {len(body)} bytes for a state of {length}")

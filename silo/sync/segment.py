@@ -28,8 +28,10 @@ from silo.abc import Buffer
 from silo.errors import CorruptionError, InvalidRequestError, InvariantError
 from silo.geometry import CHUNK_SIZE_MAX
 from silo.names import check_group_name, check_volume_name
+from silo.sync.cipher import OVERHEAD, Sealer
 from silo.sync.codec import DIGEST_SIZE, Kind, digest_of
 from silo.sync.layout import (
+    FEATURE_ENCRYPTED,
     PREAMBLE_SIZE,
     Magic,
     pack_preamble,
@@ -88,8 +90,11 @@ class Segment:
     buffers: Sequence[Buffer]
     size: int
     index: bytes
+    """Itself, whatever it is stored as."""
     index_offset: int
+    index_length: int
     index_digest: bytes
+    """Of what is stored, as the length."""
 
     @property
     def footer(self) -> Buffer:
@@ -100,13 +105,17 @@ class Segment:
 class SegmentBuilder:
     """Collects entries and payloads. Payloads are referred to, not copied, and must not change any more."""
 
-    def __init__(self, group: str, volumes: Sequence[str]) -> None:
+    def __init__(self, group: str, volumes: Sequence[str], key_id: int = 0) -> None:
+        """With a ``key_id`` the segment will be encrypted under that key."""
+        self._key_id = key_id
+        self._overhead = OVERHEAD if key_id else 0
         self._table = _table(group, volumes)
         self._volumes = {name: number for number, name in enumerate(volumes)}
         self._payloads: list[Buffer] = []
+        self._owners: list[tuple[str, int]] = []
         self._entries: list[bytes] = []
         self._end = PREAMBLE_SIZE
-        self.size = PREAMBLE_SIZE + len(self._table) + FOOTER_SIZE
+        self.size = PREAMBLE_SIZE + len(self._table) + self._overhead + FOOTER_SIZE
         """Bytes of the object if it were sealed now."""
 
     @property
@@ -118,11 +127,13 @@ class SegmentBuilder:
         """Add a chunk with a payload."""
         if kind not in _PAYLOAD_KINDS or not payload or len(digest) != DIGEST_SIZE:
             raise InvariantError(f"a payload of {len(payload)} bytes and kind {kind} cannot be stored")
-        number = self._volumes[volume]
-        self._entries.append(_ENTRY.pack(number, kind, 0, 1, chunk, self._end, len(payload), 0, digest))
+        number, length = self._volumes[volume], len(payload) + self._overhead
+        self._entries.append(_ENTRY.pack(number, kind, 0, 1, chunk, self._end, length, self._key_id, digest))
         self._payloads.append(payload)
-        self._end += len(payload)
-        self.size += len(payload) + ENTRY.itemsize
+        if self._key_id:
+            self._owners.append((volume, chunk))
+        self._end += length
+        self.size += length + ENTRY.itemsize
 
     def add_run(self, volume: str, first: int, limit: int, *, base: bytes | None = None) -> None:
         """Add a run of chunks that are zero or, when the digest of a ``base`` is given, as they are there."""
@@ -133,13 +144,25 @@ class SegmentBuilder:
             self._entries.append(_ENTRY.pack(number, kind, 0, count, start, 0, 0, 0, base or NO_DIGEST))
             self.size += ENTRY.itemsize
 
-    def seal(self) -> Segment:
-        """The finished segment. The builder must not be used afterwards."""
+    def seal(self, sealer: Sealer | None = None) -> Segment:
+        """The finished segment. The builder must not be used afterwards. With a ``sealer``, which a builder with a key
+        needs, this takes time."""
+        if (sealer.key_id if sealer is not None else 0) != self._key_id:
+            raise InvariantError("a segment was begun under one key and finished under another")
         index = self._table + b"".join(self._entries)
-        digest = digest_of(index)
-        footer = pack_preamble(Magic.FOOTER) + _FOOTER.pack(self._end, len(index), len(self._entries), digest)
-        buffers = [pack_preamble(Magic.SEGMENT), *self._payloads, index, footer]
-        return Segment(buffers, self.size, index, self._end, digest)
+        stored, payloads, features = index, self._payloads, 0
+        if sealer is not None:
+            payloads = [
+                sealer.chunk(payload, *owner)
+                for payload, owner in zip(self._payloads, self._owners, strict=True)
+            ]
+            stored, features = sealer.part(index, self._end), FEATURE_ENCRYPTED
+        digest = digest_of(stored)
+        footer = pack_preamble(Magic.FOOTER, features) + _FOOTER.pack(
+            self._end, len(stored), len(self._entries), digest
+        )
+        buffers = [pack_preamble(Magic.SEGMENT, features), *payloads, stored, footer]
+        return Segment(buffers, self.size, index, self._end, len(stored), digest)
 
 
 @attrs.frozen
@@ -179,27 +202,34 @@ def parse_footer(data: Buffer, size: int) -> Footer:
     return footer
 
 
-def parse_index(data: Buffer, *, index_offset: int, digest: bytes) -> Index:
-    """The index that begins at ``index_offset`` of its segment and must have this digest."""
+def parse_index(data: Buffer, *, index_offset: int, digest: bytes, encrypted: bool = False) -> Index:
+    """The index that begins at ``index_offset`` of its segment and must have this digest. ``encrypted``: what it
+    describes is, and it was."""
     if digest_of(data) != digest:
         raise CorruptionError("the index of a segment does not have its digest")
     group, volumes, start = _parse_table(data)
     if (len(data) - start) % ENTRY.itemsize:
         raise CorruptionError(f"an index has {len(data)} bytes, which is no whole number of entries")
     entries = np.frombuffer(data, dtype=ENTRY, offset=start)
-    _check_entries(entries, len(volumes), index_offset)
+    _check_entries(entries, len(volumes), index_offset, encrypted=encrypted)
     return Index(group, volumes, entries)
 
 
-def _check_entries(entries: Entries, volume_count: int, index_offset: int) -> None:
+def _check_entries(entries: Entries, volume_count: int, index_offset: int, *, encrypted: bool) -> None:
     kind, count, chunk = entries["kind"], entries["count"], entries["chunk"]
     offset, length = entries["offset"], entries["length"]
     paid = (kind == Kind.RAW) | (kind == Kind.ZSTD)
     if not bool((paid | (kind == Kind.ZERO) | (kind == Kind.INHERIT)).all()):
         raise CorruptionError("an index has entries of an unknown kind")
-    sound = (entries["volume"] < volume_count) & (entries["flags"] == 0) & (entries["key_id"] == 0)
+    sound = (entries["volume"] < volume_count) & (entries["flags"] == 0)
+    sound &= (entries["key_id"] != 0) == (paid & encrypted)
     sound &= (count > 0) & (chunk < CHUNK_LIMIT) & (count <= CHUNK_LIMIT - np.minimum(chunk, CHUNK_LIMIT))
-    in_place = (count == 1) & (length > 0) & (length <= CHUNK_SIZE_MAX) & (offset >= PREAMBLE_SIZE)
+    in_place = (
+        (count == 1)
+        & (length > 0)
+        & (length <= CHUNK_SIZE_MAX + OVERHEAD * encrypted)
+        & (offset >= PREAMBLE_SIZE)
+    )
     in_place &= (offset < index_offset) & (length <= index_offset - np.minimum(offset, index_offset))
     sound &= np.where(paid, in_place, (offset == 0) & (length == 0))
     if not bool(sound.all()):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from silo.abc import Buffer, Clock, ObjectStore
 from silo.errors import InvariantError, UnavailableError
+from silo.sync.cipher import SALT_SIZE, KeyRing, Sealer
 from silo.sync.claim import Owner
 from silo.sync.layout import SegmentName
 from silo.sync.planner import TokenBucket, UploadWindow
@@ -55,6 +56,10 @@ class ObjectSender:
         name = SegmentName(self._group, owner.epoch, self._seq, owner.incarnation)
         self.in_flight.add(name.key)
         return name
+
+    def sealer(self, name: SegmentName, keys: KeyRing | None) -> Sealer | None:
+        """What encrypts an object that was named and is not made yet; ``None`` without keys."""
+        return keys.sealer(name.key, self._clock.token(SALT_SIZE)) if keys is not None else None
 
     async def enter(self, size: int) -> None:
         """Wait until ``size`` bytes may be sent, and count them as being sent. The caller must `leave` afterwards.

@@ -19,7 +19,7 @@ import attrs
 
 from silo.abc import Buffer, ChunkSource
 from silo.errors import CorruptionError, InvariantError, SiloError, UnavailableError
-from silo.sync.codec import ChunkDecoder, Kind
+from silo.sync.codec import ChunkDecoder, Kind, Place
 from silo.sync.committed import Location
 from silo.sync.flight import SingleFlight
 from silo.sync.manifest import Manifest
@@ -36,6 +36,7 @@ class _Wanted:
 
     location: Location
     length: int
+    place: Place
     content: asyncio.Future[Buffer | None]
     """``None``: there is no such object. Cancelled: whoever fetched it was, and it must be asked for again."""
     woken: asyncio.Event = attrs.field(factory=asyncio.Event)
@@ -52,8 +53,8 @@ class StoreSource(ChunkSource):
         one may be closed then."""
         self.fetched_chunks = 0
         self._reader = reader
-        self._decoder = ChunkDecoder()
-        self._workers = Workers(reader.settings.threads, "silo-fetch")
+        self._decoder = ChunkDecoder(reader.keys)
+        self._workers = Workers(reader.settings.threads, "silo-fetch", reader.keys)
         self._flights: SingleFlight[tuple[str, int, bool], Buffer | None] = SingleFlight()
         self._lanes = reader.settings.background_lanes
         self._waiting: dict[_Wanted, None] = {}
@@ -97,7 +98,9 @@ class StoreSource(ChunkSource):
                 raise CorruptionError(f"generation {manifest.head.generation} lost its volume {volume}")
             length = info.geometry.extent_of(chunk)[1]
             try:
-                content = await (self._read_alone if demand else self._read_along)(location, length)
+                content = await (self._read_alone if demand else self._read_along)(
+                    location, length, Place(location.key, volume, chunk)
+                )
             except CorruptionError as damage:
                 error = CorruptionError(f"chunk {chunk} of {volume}: {damage.message}", hint=damage.hint)
                 continue
@@ -106,18 +109,18 @@ class StoreSource(ChunkSource):
                 return content
         raise error
 
-    async def _read_alone(self, location: Location, length: int) -> Buffer | None:
+    async def _read_alone(self, location: Location, length: int, place: Place) -> Buffer | None:
         payload = await self._reader.read(location.key, location.offset, location.length, demand=True)
         if payload is None:
             return None
         # Inline: a chunk takes less time than the way to a thread and back.
-        return self._decoder.decode(location.kind, payload, length, location.digest)
+        return self._decoder.decode(location.kind, payload, length, location.digest, place)
 
     # ---- background: runs of neighbours ---------------------------------------------------------------------
 
-    async def _read_along(self, location: Location, length: int) -> Buffer | None:
+    async def _read_along(self, location: Location, length: int, place: Place) -> Buffer | None:
         while True:
-            wanted = _Wanted(location, length, asyncio.get_running_loop().create_future())
+            wanted = _Wanted(location, length, place, asyncio.get_running_loop().create_future())
             self._waiting[wanted] = None
             self._assign_lanes()
             try:
@@ -186,7 +189,7 @@ def _cut_out(run: memoryview, start: int, wanted: _Wanted) -> Stored:
     location = wanted.location
     first = location.offset - start
     payload = run[first : first + location.length]
-    return Stored(location.kind, payload, wanted.length, location.digest)
+    return Stored(location.kind, payload, wanted.length, location.digest, wanted.place)
 
 
 def _settle(wanted: _Wanted, outcome: Buffer | SiloError | None) -> None:

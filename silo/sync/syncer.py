@@ -40,6 +40,7 @@ from silo.frozen import Cut
 from silo.group import Group
 from silo.sync.ahead import Forerunner
 from silo.sync.amendments import Amendments
+from silo.sync.cipher import KeyRing
 from silo.sync.claim import check_volumes, owner_of
 from silo.sync.committer import Committer, volume_infos
 from silo.sync.head import PartRef
@@ -107,6 +108,7 @@ class Syncer:
         *,
         fetch: FetchSettings | None = None,
         directory: str | None = None,
+        keys: KeyRing | None = None,
     ) -> Self:
         """A syncer for a group that ``register`` has claimed.
 
@@ -121,7 +123,7 @@ class Syncer:
                 "a syncer needs a claim of its own", hint="it would use keys for a second time"
             )
         check_volumes(register.head, volume_infos(group))
-        reader = StoreReader(store, clock, fetch)
+        reader = StoreReader(store, clock, fetch, keys=keys)
         manifest = await Manifest.open(register.head, reader, directory=directory)
         for info in volume_infos(group):
             if register.head.volume(info.name) is None:
@@ -240,7 +242,9 @@ class Syncer:
 
     async def save_state(self, state: bytes) -> PartRef:
         """Store the state of a workload, for `Register.release`. As `silo.sync.savedstate.write_state`."""
-        return await write_state(self._committer.sender, owner_of(self.manifest.head), state)
+        return await write_state(
+            self._committer.sender, owner_of(self.manifest.head), state, self.manifest.keys
+        )
 
     async def close(self, *, drain: bool = True, release: bool = True) -> None:
         """Store what is dirty, say in the head that anybody may open the group, and end `run`.

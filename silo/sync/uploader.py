@@ -202,15 +202,16 @@ class CutUpload:
     async def _send(self) -> None:
         if not self._builder.entry_count:
             return
-        segment = self._builder.seal()
         self._hashing = asyncio.Lock()
         self._is_noise = False
         """Nothing of the last batch could be compressed."""
-        self._builder = self._new_builder()
+        builder, self._builder = self._builder, self._new_builder()
         self._room = self._shared.settings.segment_size
         leases, self._leases = self._leases, []
         sender = self._shared.sender
         name = sender.name(self._owner)
+        sealer = sender.sealer(name, self._shared.manifest.keys)
+        segment = builder.seal() if sealer is None else await self._shared.workers.seal(builder, sealer)
         await sender.enter(segment.size)
 
         async def send() -> None:
@@ -224,7 +225,8 @@ class CutUpload:
         self._tasks.create_task(send()).add_done_callback(lambda _: sender.leave(segment.size))
 
     def _new_builder(self) -> SegmentBuilder:
-        return SegmentBuilder(self._shared.group, list(self._cut.volumes))
+        keys = self._shared.manifest.keys
+        return SegmentBuilder(self._shared.group, list(self._cut.volumes), keys.current if keys else 0)
 
 
 def merged(runs: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -13,7 +13,9 @@ import attrs
 
 from silo.abc import Buffer
 from silo.errors import CorruptionError
-from silo.sync.codec import ChunkDecoder, ChunkEncoder, Encoded, Kind
+from silo.sync.cipher import KeyRing, Sealer
+from silo.sync.codec import ChunkDecoder, ChunkEncoder, Encoded, Kind, Place
+from silo.sync.segment import Segment, SegmentBuilder
 from silo.threads import run_to_completion
 
 __all__ = ["Stored", "Workers"]
@@ -28,12 +30,15 @@ class Stored:
     length: int
     """Of the content."""
     digest: bytes
+    place: Place | None = None
+    """Needed for what is encrypted."""
 
 
 class Workers:
     """See the module. Concurrent calls share the threads. `close` when all calls have ended."""
 
-    def __init__(self, threads: int, name: str = "silo-sync") -> None:
+    def __init__(self, threads: int, name: str = "silo-sync", keys: KeyRing | None = None) -> None:
+        self._keys = keys
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._encoders: list[ChunkEncoder] = []
         self._decoders: list[ChunkDecoder] = []
@@ -46,12 +51,16 @@ class Workers:
         """The verified contents; an error stands where a content could not be had, and harms no other."""
         return await run_to_completion(self._executor, self._decode, batch)
 
+    async def seal(self, builder: SegmentBuilder, sealer: Sealer) -> Segment:
+        """The finished, encrypted segment."""
+        return await run_to_completion(self._executor, builder.seal, sealer)
+
     def close(self) -> None:
         """Let the threads end."""
         self._executor.shutdown(wait=True)
 
     def _encode(self, contents: Sequence[Buffer], known: Sequence[bytes | None]) -> list[Encoded | None]:
-        encoder = self._encoders.pop() if self._encoders else ChunkEncoder()
+        encoder = self._encoders.pop() if self._encoders else ChunkEncoder(self._keys)
         encoded: list[Encoded | None] = []
         doubtful = False  # decided within the batch, so that the same batch is always stored alike
         try:
@@ -65,7 +74,7 @@ class Workers:
             self._encoders.append(encoder)
 
     def _decode(self, batch: Sequence[Stored]) -> list[Buffer | CorruptionError]:
-        decoder = self._decoders.pop() if self._decoders else ChunkDecoder()
+        decoder = self._decoders.pop() if self._decoders else ChunkDecoder(self._keys)
         try:
             return [_decode_one(decoder, stored) for stored in batch]
         finally:
@@ -74,6 +83,6 @@ class Workers:
 
 def _decode_one(decoder: ChunkDecoder, stored: Stored) -> Buffer | CorruptionError:
     try:
-        return decoder.decode(stored.kind, stored.payload, stored.length, stored.digest)
+        return decoder.decode(stored.kind, stored.payload, stored.length, stored.digest, stored.place)
     except CorruptionError as error:
         return error
