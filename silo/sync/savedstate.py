@@ -31,7 +31,8 @@ _LENGTH = struct.Struct("<Q")
 async def write_state(
     sender: ObjectSender, owner: Owner, state: bytes, keys: KeyRing | None = None
 ) -> PartRef:
-    """Store the state, encrypted with ``keys``, and say where it is. Waits as long as the store does not answer: the caller has a deadline.
+    """Store the state, encrypted with ``keys``, and say where it is. Waits as long as the store does not answer: the
+    caller has a deadline.
 
     Cancelled, it leaves an object to which nothing refers. `CapacityError` when the state is too large.
     """

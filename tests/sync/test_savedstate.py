@@ -7,7 +7,8 @@ import pytest
 
 from silo.abc import STATE_SIZE_MAX
 from silo.clock import SystemClock
-from silo.errors import CapacityError, CorruptionError
+from silo.errors import CapacityError, CorruptionError, InvalidRequestError
+from silo.sync.cipher import KeyRing
 from silo.sync.claim import Owner
 from silo.sync.head import Head, PartRef, WriterState
 from silo.sync.memory_store import MemoryStore
@@ -72,3 +73,17 @@ async def test_a_state_has_a_limit() -> None:
     sender = ObjectSender(MemoryStore(clock).client(), "vm1", SyncSettings(), clock)
     with pytest.raises(CapacityError, match="at most"):
         await write_state(sender, OWNER, bytes(STATE_SIZE_MAX + 1))
+
+
+async def test_an_encrypted_group_has_an_encrypted_state(clock: SystemClock) -> None:
+    """It is the memory of a machine: what the disk hides is in there."""
+    store = MemoryStore(clock)
+    keys = KeyRing([bytes(32)])
+    part = await write_state(
+        ObjectSender(store.client(), "vm1", SyncSettings(), clock), OWNER, b"precious", keys
+    )
+    assert not any(b"precious" in data for data in store.snapshot().values())
+    head = msgspec.structs.replace(head_with(part), incompat=1, keys=(keys.current,))
+    assert await read_state(StoreReader(store.client(), clock, keys=keys), head) == b"precious"
+    with pytest.raises(InvalidRequestError, match="there is no key"):
+        await read_state(StoreReader(store.client(), clock), head)
