@@ -190,8 +190,8 @@ def pack_preamble(magic: bytes, features: int = 0) -> bytes:
     return _PREAMBLE.pack(magic, FORMAT_VERSION, 0, features)
 
 
-def parse_preamble(data: Buffer, magic: bytes) -> None:
-    """Raise `CorruptionError` unless ``data`` begins as a part with this magic that we can read."""
+def parse_preamble(data: Buffer, magic: bytes) -> int:
+    """The features of ``data``, which must begin as a part with this magic that we can read; else `CorruptionError`."""
     what = magic.decode("ascii").strip()
     if len(data) < PREAMBLE_SIZE:
         raise CorruptionError(f"{what}: {len(data)} bytes are too few")
@@ -199,6 +199,7 @@ def parse_preamble(data: Buffer, magic: bytes) -> None:
     if found != magic or reserved:
         raise CorruptionError(f"{what}: it begins with other bytes")
     check_readable(what, version, features)
+    return int(features)
 
 
 def check_readable(what: str, version: int, features: int) -> None:

@@ -63,7 +63,8 @@ async def read_state(reader: StoreReader, head: Head) -> bytes:
     data = await reader.read_object(part.key)
     if data is None:
         raise CorruptionError(f"{part.key}, which holds the state of the workload, is gone")
-    parse_preamble(data, Magic.STATE)
+    if parse_preamble(data, Magic.STATE) != (FEATURE_ENCRYPTED if reader.keys else 0):
+        raise CorruptionError(f"{part.key} is encrypted, or should be, and is not")
     body = bytes(data[part.offset : part.offset + part.length])
     if digest_of(body).hex() != part.digest:
         raise CorruptionError(f"{part.key} does not have its digest")
