@@ -191,9 +191,10 @@ class Index:
                 yield name, chosen
 
 
-def parse_footer(data: Buffer, size: int) -> Footer:
+def parse_footer(data: Buffer, size: int, *, encrypted: bool = False) -> Footer:
     """The footer of an object of ``size`` bytes, whose last `FOOTER_SIZE` bytes are ``data``."""
-    parse_preamble(data, Magic.FOOTER)
+    if parse_preamble(data, Magic.FOOTER) != (FEATURE_ENCRYPTED if encrypted else 0):
+        raise CorruptionError("a segment is encrypted, or should be, and is not")
     if len(data) != FOOTER_SIZE:
         raise CorruptionError(f"a footer has {FOOTER_SIZE} bytes, not {len(data)}")
     footer = Footer(*_FOOTER.unpack_from(data, PREAMBLE_SIZE))
