@@ -33,7 +33,8 @@ ROOMS: dict[str, str] = {
         nbd_handshake nbd_options nbd_replies nbd_session nbd_uri nbd_wire""",
     "sync": """amendments cipher claim codec collection compaction head hotlist layout lease mappage nametable planner
         retention runs s3_errors s3_location segment settings status store_faults store_keys""",
-    "p2p": "budget chunksets convergence conversation handover messages meter precopy records settings terms wire",
+    "p2p": """budget chunksets convergence conversation handover messages meter precopy records settings terms thrift
+        wire""",
     "hooks": "",
 }
 """The rooms of the drivers' ring, and the modules in them that are pure."""

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import zstandard
 from blake3 import blake3
 
 from silo.abc import Buffer, Clock
@@ -48,6 +49,7 @@ class Installer:
         self._clock = clock
         self._migration = migration
         self._peer = peer
+        self._unpacker = zstandard.ZstdDecompressor()
         self._round = 0
         self._announced = 0
         self._is_closing = False
@@ -106,8 +108,8 @@ class Installer:
         if frame.length != volume.geometry.extent_of(frame.chunk)[1]:
             raise RemoteProtocolError(f"chunk {frame.chunk} of {volume.name} came with {frame.length} bytes")
         content: Buffer | None = None
-        if frame.encoding is Encoding.RAW:
-            content = frame.payload
+        if frame.encoding is not Encoding.ZERO:
+            content = frame.payload if frame.encoding is Encoding.RAW else self._unpacked(frame)
             if blake3(content).digest() != frame.digest:
                 raise RemoteProtocolError(f"chunk {frame.chunk} of {volume.name} was damaged on its way")
             self.meter.add(frame.length, self._clock.monotonic())
@@ -117,6 +119,17 @@ class Installer:
             return
         if not volume.fill_nowait(frame.chunk, content):
             await volume.fill(frame.chunk, content)
+
+    def _unpacked(self, frame: ChunkFrame) -> bytes:
+        """Never allocates more than the chunk has, whatever hostile bytes claim."""
+        try:
+            if zstandard.frame_content_size(frame.payload) != frame.length:
+                raise RemoteProtocolError(f"chunk {frame.chunk} was packed as one of another length")
+            return self._unpacker.decompress(
+                frame.payload, max_output_size=frame.length, allow_extra_data=False
+            )
+        except zstandard.ZstdError as error:
+            raise RemoteProtocolError(f"chunk {frame.chunk} cannot be unpacked: {error}") from None
 
     def install_zeros(self, message: Zeros) -> None:
         """As `install`, for runs of zeros."""

@@ -23,6 +23,8 @@ from silo.p2p.wire import DIGEST_SIZE, MIGRATION_ID_SIZE, Frame, FrameType, fram
 
 __all__ = [
     "DEALT_MAX",
+    "FEATURES",
+    "FEATURE_ZSTD",
     "FINAL_ROUND",
     "HEAT_WINDOW",
     "PROTOCOL_VERSIONS",
@@ -64,6 +66,10 @@ __all__ = [
 
 PROTOCOL_VERSIONS: Final = (1, 1)
 """Oldest and newest version of the peer protocol that this program speaks."""
+FEATURE_ZSTD: Final = 1
+"""Bit of ``features``: chunks may travel compressed."""
+FEATURES: Final = FEATURE_ZSTD
+"""What this program knows. Each side says its own; what both have said may be used."""
 VOLUMES_MAX: Final = 256
 HEAT_WINDOW: Final = 1 << 16
 """Chunks whose heat one message carries."""

@@ -14,6 +14,7 @@ import asyncio
 from typing import Final, Never
 
 import numpy as np
+import zstandard
 from blake3 import blake3
 
 from silo.abc import Buffer, Clock
@@ -25,7 +26,9 @@ from silo.p2p.meter import Meter, Pacer
 from silo.p2p.rounds import Rounds
 from silo.p2p.settings import MigrationSettings
 from silo.p2p.signal import Signal
+from silo.p2p.thrift import pays
 from silo.p2p.wire import DIGEST_SIZE, Encoding, FrameType, chunk_header
+from silo.threads import run_to_completion
 from silo.volume import Volume
 from silo.zeros import is_zero
 
@@ -37,8 +40,21 @@ NO_DIGEST: Final = bytes(DIGEST_SIZE)
 BULK: Final = 0
 """The lane that always is there; the others are numbered from 1."""
 
+LEVEL: Final = 1
+"""Of zstd: more costs much and saves little."""
+
 Content = tuple[int, int, Buffer | None]
 """A chunk, its length, and its content, which is ``None`` when it is all zeros."""
+
+
+def _compressed(contents: list[Content]) -> dict[int, bytes]:
+    """Those that become smaller by it, by chunk. Heavy; releases the interpreter's lock."""
+    compressor = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False)
+    packed: dict[int, bytes] = {}
+    for chunk, length, content in contents:
+        if content is not None and len(smaller := compressor.compress(content)) < length:
+            packed[chunk] = smaller
+    return packed
 
 
 class Pusher:
@@ -60,6 +76,10 @@ class Pusher:
         self._clock = clock
         self._settings = settings
         self._changed = changed
+        self.may_compress = False
+        """The target can unpack."""
+        self._carried = Meter()
+        self._sampler = zstandard.ZstdCompressor(level=LEVEL, write_checksum=False)
         self._enabled = False
         self._drained = False
         self._pacer = Pacer(settings.rate_bps)
@@ -136,21 +156,40 @@ class Pusher:
         await asyncio.sleep(delay_s)  # also when it is 0: sending may not have given way to anybody
 
     async def _send(self, channel: Channel, index: int, round_: int, contents: list[Content]) -> int:
-        """Hash and send; returns the bytes of content."""
+        """Hash, compress where it pays, and send; returns the bytes that content took on the link."""
+        packed: dict[int, bytes] = {}
+        if self.may_compress and self._settings.compress and self._compressing_pays(contents):
+            packed = await run_to_completion(None, _compressed, contents)
         buffers: list[Buffer] = []
-        total = 0
+        total = carried = 0
         for chunk, length, content in contents:
-            if content is None:
-                header = chunk_header(self._migration, round_, index, chunk, length, NO_DIGEST, Encoding.ZERO)
-                buffers.append(header)
-            else:
-                digest = blake3(content).digest()
-                header = chunk_header(self._migration, round_, index, chunk, length, digest, Encoding.RAW)
-                buffers += (header, content)
-                total += length
+            digest, encoding, payload = NO_DIGEST, Encoding.ZERO, content
+            if content is not None:
+                digest, encoding = blake3(content).digest(), Encoding.RAW
+                if chunk in packed:
+                    encoding, payload = Encoding.ZSTD, packed[chunk]
+            size = 0 if payload is None else len(payload)
+            header = chunk_header(
+                self._migration, round_, index, chunk, length, digest, encoding, packed=size
+            )
+            buffers += (header,) if payload is None else (header, payload)
+            total += length if content is not None else 0
+            carried += size
         await channel.send_raw(FrameType.CHUNK, buffers)
-        self.meter.add(total, self._clock.monotonic())
-        return total
+        now = self._clock.monotonic()
+        self.meter.add(total, now)
+        self._carried.add(carried, now)
+        return carried
+
+    def _compressing_pays(self, contents: list[Content]) -> bool:
+        """Try it on one chunk, and compare with how fast the link is."""
+        sample = next((content for _, _, content in contents if content is not None), None)
+        if sample is None:
+            return False
+        begun = self._clock.monotonic()
+        packed = len(self._sampler.compress(sample))
+        now = self._clock.monotonic()
+        return pays(len(sample), packed, now - begun, self._carried.rate_bps(now))
 
     # ---- reading ----------------------------------------------------------------------------------------
 

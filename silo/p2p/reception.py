@@ -20,6 +20,7 @@ from silo.names import check_group_name, check_volume_name
 from silo.p2p.channel import Channel, common_version, greet
 from silo.p2p.conversation import Side
 from silo.p2p.messages import (
+    FEATURES,
     TEXT_MAX,
     Hello,
     Lane,
@@ -197,7 +198,9 @@ class Reception:
         """A migration begins, or its source never heard that it was accepted and begins again."""
         host, settings = self._site.host, self._site.settings
         version = common_version(hello)
-        await channel.send(Welcome(version=version, host=host, stage=Stage.NEW, window=settings.window))
+        await channel.send(
+            Welcome(version=version, features=FEATURES, host=host, stage=Stage.NEW, window=settings.window)
+        )
         channel.conversation.welcomed(Lane.BULK, Stage.NEW)
         message = await channel.receive_message()
         if not isinstance(message, Offer):

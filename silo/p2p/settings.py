@@ -37,6 +37,8 @@ class MigrationSettings:
     """Content that is read, hashed and sent, or received and verified, without giving way to others."""
     connections: int = 2
     """Over so many connections content is pushed. Demands have another one to themselves."""
+    compress: bool = True
+    """Compress what is pushed, where a sample says that it arrives sooner so."""
     rate_bps: float | None = None
     """Limit of what is pushed, in bytes per second; ``None`` for no limit. Demand reads do not count."""
     rounds_max: int = 12

@@ -17,6 +17,8 @@ from silo.events import LinkChanged
 from silo.p2p.channel import Channel, LinkRefused
 from silo.p2p.handover import Event
 from silo.p2p.messages import (
+    FEATURE_ZSTD,
+    FEATURES,
     PROTOCOL_VERSIONS,
     Accept,
     Ack,
@@ -109,6 +111,7 @@ class SourceSession:
         return Hello(
             oldest=oldest,
             newest=newest,
+            features=FEATURES,
             host=self._host,
             group=self._group,
             migration=self._migration,
@@ -124,6 +127,7 @@ class SourceSession:
             raise RemoteProtocolError(f"host {welcome.host} answers where {self.target_host} was")
         self._rounds.link_resumed({number: lane.fresh(welcome) for number, lane in self._lanes.items()})
         self._lanes = {BULK: _Lane(hello.connection)}
+        self._pusher.may_compress = bool(hello.features & welcome.features & FEATURE_ZSTD)
         self._pusher.window = min(self._window, max(welcome.window, 1))
         self._needed = [[] for _ in self._rounds.volumes]
         if welcome.stage is Stage.NEW:

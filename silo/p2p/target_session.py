@@ -31,6 +31,7 @@ from silo.p2p.handover import Event, TargetState
 from silo.p2p.installer import Installer
 from silo.p2p.messages import (
     DEALT_MAX,
+    FEATURES,
     Accept,
     Ack,
     AtWork,
@@ -140,6 +141,7 @@ class TargetSession:
     def _welcome(self, hello: Hello, stage: Stage) -> Welcome:
         welcome = Welcome(
             version=common_version(hello),
+            features=FEATURES,
             host=self._host,
             stage=stage,
             window=self._settings.window,

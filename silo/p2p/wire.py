@@ -101,6 +101,8 @@ class Encoding(enum.IntEnum):
     RAW = 0
     ZERO = 1
     """All zeros: no bytes follow."""
+    ZSTD = 2
+    """One zstd frame of the content, shorter than that. Needs `silo.p2p.messages.FEATURE_ZSTD`."""
 
 
 _LIMITS: Final[dict[int, int]] = {
@@ -143,10 +145,17 @@ def frame_header(type_: FrameType, length: int) -> bytes:
 
 
 def chunk_header(
-    migration: bytes, round_: int, volume: int, chunk: int, length: int, digest: bytes, encoding: Encoding
+    migration: bytes,
+    round_: int,
+    volume: int,
+    chunk: int,
+    length: int,
+    digest: bytes,
+    encoding: Encoding,
+    packed: int = 0,
 ) -> bytes:
-    """Everything of a chunk frame that precedes its content."""
-    payload = length if encoding == Encoding.RAW else 0
+    """Everything of a chunk frame that precedes its content. ``packed`` is the size of a compressed one."""
+    payload = length if encoding == Encoding.RAW else packed
     return _CHUNK_FRAME.pack(
         MAGIC, VERSION, FrameType.CHUNK, 0, CHUNK_HEADER_SIZE + payload,
         migration, round_, volume, encoding, 0, chunk, length, digest,
@@ -164,6 +173,8 @@ def parse_chunk(payload: memoryview) -> ChunkFrame:
     content = payload[CHUNK_HEADER_SIZE:]
     if encoding == Encoding.RAW:
         expected = length
+    elif encoding == Encoding.ZSTD and 0 < len(content) < length:
+        expected = len(content)
     elif encoding == Encoding.ZERO:
         expected = 0
     else:

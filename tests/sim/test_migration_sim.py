@@ -43,7 +43,9 @@ class Story:
     def __init__(self, clock: SimulatedClock, *, with_store: bool, power: bool = False) -> None:
         self.clock, self.chance = clock, clock.random
         self.network = MemoryNetwork(latency_s=lambda: self.chance.choice((0.0, 0.0005, 0.002, 0.02)))
-        slow = attrs.evolve(QUICK, rate_bps=self.chance.choice((40 * CHUNK, 80 * CHUNK, 200 * CHUNK)))
+        slow = attrs.evolve(
+            QUICK, compress=with_store, rate_bps=self.chance.choice((40 * CHUNK, 80 * CHUNK, 200 * CHUNK))
+        )
         transports = {name: self.network.host(name) for name in "ab"}
         self.power = power
         self.world = World(transports, clock, self.chance, with_store=with_store, settings=slow, power=power)
