@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from silo.hosted import HostedGroup
     from silo.moving import Move
     from silo.opening import VolumeSpec
+    from silo.p2p.settings import MigrationPolicy
     from silo.p2p.tls import HostTls
     from silo.p2p.transport import PlainTransport
     from silo.sync.settings import SyncSettings
@@ -79,6 +80,7 @@ _HOMES = {
     "silo.hosted": ("HostedGroup",),
     "silo.moving": ("Move",),
     "silo.opening": ("VolumeSpec",),
+    "silo.p2p.settings": ("MigrationPolicy",),
     "silo.p2p.tls": ("HostTls",),
     "silo.p2p.transport": ("PlainTransport",),
     "silo.sync.settings": ("SyncSettings",),
@@ -111,6 +113,7 @@ __all__ = [
     "MigrationAborted",
     "MigrationError",
     "MigrationEvent",
+    "MigrationPolicy",
     "MigrationReport",
     "Move",
     "NbdServerSettings",

@@ -23,6 +23,7 @@ from silo.control import ControlServer, Result
 from silo.devices.file import FileDevice
 from silo.devices.overlay_open import open_overlay
 from silo.errors import FencedError, InvalidRequestError, SiloError, UnavailableError
+from silo.events import Phase
 from silo.exports.nbd_tls import NbdTls
 from silo.files import lock_exclusive, os_error
 from silo.hooks.command import CommandWorkload
@@ -307,6 +308,7 @@ class _Daemon:
             "sync": self.sync,
             "wait": self.wait,
             "migrate": self.migrate,
+            "switch": self.switch,
             "hibernate": self.hibernate,
             "resume": self.resume,
             "import": self.import_disk,
@@ -338,12 +340,25 @@ class _Daemon:
         durable: bool = False,
         evacuate: bool = True,
         throttle: bool = True,
+        follow: bool = False,
     ) -> AsyncIterator[Any]:
         """Every event, then the report. A caller that leaves aborts it while the guest was not stopped."""
-        policy = MigrationPolicy(durable_before_switch=durable, evacuate=evacuate, throttle=throttle)
+        policy = MigrationPolicy(
+            durable_before_switch=durable, evacuate=evacuate, throttle=throttle, follow=follow
+        )
         move = self._group(group).migrate(to, deadline=self._deadline(deadline_s), policy=policy)
         async for line in _follow(move):
             yield line
+
+    async def switch(self, group: str, deadline_s: float | None = None) -> AsyncIterator[Any]:
+        """Let the target that follows a group take over, and wait for the end of that."""
+        move = self._group(group).move
+        if move is None or move.phase is not Phase.FOLLOWING:
+            raise InvalidRequestError(
+                f"no host follows group {group}", hint="silo migrate --follow starts one"
+            )
+        move.switch(deadline=self._deadline(deadline_s))
+        yield Result((await move.wait_released()).as_dict())
 
     async def hibernate(
         self, group: str, deadline_s: float | None = None, throttle: bool = True

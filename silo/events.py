@@ -37,6 +37,8 @@ class Phase(enum.Enum):
     CONNECTING = "connecting"
     """Source: until the target has accepted."""
     PRE_COPY = "pre-copy"
+    FOLLOWING = "following"
+    """The target is kept close behind, until it is told to take over."""
     STORING = "storing"
     """The group is brought up to date in the store while its guest runs: on the way there, or before a switchover."""
     SWITCHOVER = "switchover"

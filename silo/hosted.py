@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, cast
 
 from silo.abc import Role
@@ -213,11 +214,12 @@ class HostedGroup:
         migration = SourceMigration(
             self.group, to, self._site, self._plugs(Role.SOURCE, log, deadline), deadline=deadline, policy=policy
         )  # fmt: skip
-        policy = policy or MigrationPolicy()
         evacuation = None
-        if deadline is not None and policy.evacuate and self.link is not None:
-            evacuation = self._hibernation(self.link, log, deadline, policy)
-        self.move = Move(log, lambda: self._leave(migration, log, evacuation), self._tasks.create_task)
+        if self.link is not None and (policy or MigrationPolicy()).evacuate:
+            evacuation = partial(self._hibernation, self.link, log, policy=policy)
+        self.move = Move(
+            log, lambda: self._leave(migration, log, evacuation), self._tasks.create_task, migration.switch
+        )
         return self.move
 
     def hibernate(
@@ -237,8 +239,8 @@ class HostedGroup:
         if self.link is None:
             raise InvalidRequestError(f"group {self.name} has no store", hint="open it with a store")
         log = EventLog(self.name, self._clock, observers)
-        make = self._hibernation(self.link, log, deadline, policy)
-        self.move = Move(log, lambda: self._hibernate(make()), self._tasks.create_task)
+        hibernation = self._hibernation(self.link, log, deadline=deadline, policy=policy)
+        self.move = Move(log, lambda: self._hibernate(hibernation), self._tasks.create_task)
         return self.move
 
     def _check_may_leave(self) -> None:
@@ -251,17 +253,12 @@ class HostedGroup:
             )
 
     def _hibernation(
-        self, link: StoreLink, log: EventLog, deadline: float | None, policy: MigrationPolicy | None
-    ) -> Callable[[], Hibernation]:
-        return lambda: Hibernation(
-            self.group,
-            link,
-            self._site,
-            self._plugs(Role.SOURCE, log, deadline),
-            deadline=deadline,
-            policy=policy,
+        self, link: StoreLink, log: EventLog, *, deadline: float | None, policy: MigrationPolicy | None
+    ) -> Hibernation:
+        return Hibernation(
+            self.group, link, self._site, self._plugs(Role.SOURCE, log, deadline), deadline=deadline, policy=policy,
             release=lambda part: self.close(resume=part),
-        )
+        )  # fmt: skip
 
     async def _hibernate(self, hibernation: Hibernation) -> MigrationReport:
         """To the store, until this host is not needed any more, or the group runs on."""
@@ -294,7 +291,7 @@ class HostedGroup:
         self,
         migration: SourceMigration,
         log: EventLog,
-        evacuation: Callable[[], Hibernation] | None = None,
+        evacuation: Callable[..., Hibernation] | None = None,
     ) -> MigrationReport:
         """One migration away from here, until this host is not needed any more, or the group is back; or, when it came
         to nothing and nobody wanted that, an ``evacuation``."""
@@ -310,8 +307,11 @@ class HostedGroup:
             if migration.state is SourceState.ABORTED:
                 await self._start_patiently()
                 is_mistake = isinstance(error.__cause__, InvalidRequestError)
-                if evacuation is not None and not (is_mistake or log.has_objections):
-                    return joined(migration.report, await self._hibernate(evacuation()))
+                wanted = migration.deadline is not None and not (is_mistake or log.has_objections)
+                if evacuation is not None and wanted:
+                    return joined(
+                        migration.report, await self._hibernate(evacuation(deadline=migration.deadline))
+                    )
             else:
                 self._settle("fenced" if isinstance(error, FencedError) else "in doubt", error)
             raise

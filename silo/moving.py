@@ -26,7 +26,7 @@ from silo.hooks.observers import Observer, Observers
 
 __all__ = ["EventLog", "Move"]
 
-UNDOABLE = frozenset({None, Phase.CONNECTING, Phase.PRE_COPY, Phase.STORING})
+UNDOABLE = frozenset({None, Phase.CONNECTING, Phase.PRE_COPY, Phase.FOLLOWING, Phase.STORING})
 
 
 class EventLog:
@@ -128,7 +128,9 @@ class Move:
         log: EventLog,
         run: Callable[[], Coroutine[Any, Any, MigrationReport]],
         start: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        switch: Callable[[float | None], None] = lambda deadline: None,
     ) -> None:
+        self._switch = switch
         self._log = log
         self._run = run
         self._start = start
@@ -179,6 +181,11 @@ class Move:
     def events(self) -> AsyncIterator[MigrationEvent]:
         """What happens, from the beginning, whenever this is called; ends with the migration."""
         return self._log.read()
+
+    def switch(self, *, deadline: float | None = None) -> None:
+        """Follow no longer (`silo.p2p.settings.MigrationPolicy.follow`): let the target take over now. ``deadline`` as
+        in `HostedGroup.migrate`. Returns at once; harmless when it does not follow."""
+        self._switch(deadline)
 
     def abort(self, reason: str) -> None:
         """End the migration if the guest was not stopped yet; harmless later. Returns at once, see `wait_ended`."""

@@ -39,7 +39,7 @@ ENDINGS = {
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (migrate, hibernate, resume):
+    for command in (migrate, switch, hibernate, resume):
         app.command()(command)
 
 
@@ -54,6 +54,9 @@ def migrate(
         bool,
         typer.Option("--stay", help="Without a target in time, run on here rather than go to the store."),
     ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Keep the other host close behind until `silo switch`.")
+    ] = False,
     no_throttle: NoThrottle = False,
     state: State = STATE_DEFAULT,
     json: Json = False,
@@ -62,8 +65,18 @@ def migrate(
 
     With a deadline, and without a target in time, the group goes to the store and stops, to be resumed elsewhere.
     """
-    args = {"durable": durable, "evacuate": not stay, "throttle": not no_throttle}
+    args = {"durable": durable, "evacuate": not stay, "throttle": not no_throttle, "follow": follow}
     asyncio.run(_watch(state, json, "migrate", deadline, group=group, to=to, **args))
+
+
+def switch(
+    group: Annotated[str, typer.Argument(help="The group that another host follows.")],
+    deadline: Deadline = None,
+    state: State = STATE_DEFAULT,
+    json: Json = False,
+) -> None:
+    """Let the host that follows a group (`silo migrate --follow`) take over: only the last round is left to send."""
+    asyncio.run(_watch(state, json, "switch", deadline, group=group))
 
 
 def hibernate(

@@ -38,7 +38,7 @@ from silo.chunkmap import Indices
 from silo.errors import InvariantError, RemoteProtocolError
 from silo.geometry import Geometry
 
-__all__ = ["Batch", "Order", "Planner", "dequantise", "quantise"]
+__all__ = ["ROUND_MAX", "Batch", "Order", "Planner", "dequantise", "quantise"]
 
 WANTED = 1
 FLYING = 2

@@ -23,6 +23,9 @@ class MigrationPolicy:
     evacuate: bool = True
     """With a deadline: when no target accepts in time, or the link is too slow, bring the group to the store and stop
     it there, to be resumed elsewhere. Otherwise it stays, and dies with its host."""
+    follow: bool = False
+    """Keep the target close behind instead of switching over, until `silo.moving.Move.switch`: a warm standby, which
+    has only the last round to take when it is needed."""
     throttle: bool = True
     """With a deadline: slow the guest's writes while it must be uploaded faster than it writes."""
 
@@ -72,6 +75,8 @@ class MigrationSettings:
     workload_timeout_s: float = 30.0
     """For each hook of the workload, unless the migration's deadline is earlier."""
     progress_s: float = 0.5
+    follow_s: float = 1.0
+    """A target that is kept close behind gets what was written this often."""
     look_s: float = 0.25
     """How often the plan is looked at again while content moves (`silo.p2p.budget`)."""
     retry_min_s: float = 0.1

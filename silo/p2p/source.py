@@ -120,6 +120,16 @@ class SourceMigration:
         """What it has come to so far; final once `run` has ended."""
         return self._report.make(self.state, self._driver.reason)
 
+    @property
+    def deadline(self) -> float | None:
+        """When this host goes away, as far as the migration was told."""
+        return self._steering.budget.deadline
+
+    def switch(self, deadline: float | None) -> None:
+        """Follow no longer, and let the target take over. Harmless when it does not follow."""
+        self._steering.switch(deadline)
+        self._driver.changed.notify()
+
     def abort(self, reason: str) -> None:
         """Stop it, if the group can still stay; `run` then ends with `MigrationAborted`.
 

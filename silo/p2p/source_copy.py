@@ -25,6 +25,7 @@ from silo.p2p.driver import Driver
 from silo.p2p.handover import SourceState
 from silo.p2p.messages import Stage
 from silo.p2p.ports import Ownership, Plugs, Site
+from silo.p2p.precopy import ROUND_MAX
 from silo.p2p.pusher import Pusher
 from silo.p2p.records import OfferRecord
 from silo.p2p.rounds import Rounds
@@ -38,6 +39,9 @@ from silo.tasks import task_group
 __all__ = ["PreCopy", "SourceParts", "store_while_running"]
 
 _log = logging.getLogger(__name__)
+
+FOLLOW_RESERVE = 100
+"""Rounds that are kept for the way from following to the switchover."""
 
 
 @attrs.define(eq=False)
@@ -161,12 +165,13 @@ class PreCopy:
         rounds, planner, pusher = self._p.rounds, self._p.rounds.planner, self._p.pusher
         before = planner.wanted_bytes
         while True:
-            self._p.watch.tell(
-                RoundStarted,
-                round=rounds.count,
-                chunks=planner.wanted_chunks,
-                size=planner.wanted_bytes,
-            )
+            if self._p.watch.phase is not Phase.FOLLOWING:  # where there is no end of them
+                self._p.watch.tell(
+                    RoundStarted,
+                    round=rounds.count,
+                    chunks=planner.wanted_chunks,
+                    size=planner.wanted_bytes,
+                )
             while not await self._happens(lambda: pusher.is_idle or self._is_broken()):
                 if self._follow(self._p.steering.look(self._link())).action is Action.SWITCH:
                     return
@@ -180,10 +185,31 @@ class PreCopy:
             )
             plan = self._follow(self._p.steering.look(self._link(), summary))
             if plan.action is Action.SWITCH:
-                return
+                if not self._p.steering.is_following:
+                    return
+                await self._follow_until_due()
             before = summary.dirty_bytes
             rounds.begin_next()
             self._changed.notify()
+
+    async def _follow_until_due(self) -> None:
+        """The target is as close as it gets: wait until there is something for another round, or no more to follow."""
+        parts, rounds = self._p, self._p.rounds
+        if rounds.planner.round > ROUND_MAX - FOLLOW_RESERVE:
+            raise UnavailableError(
+                f"group {parts.group.name} was followed for {rounds.planner.round} rounds",
+                hint="begin again: the target has what it got",
+            )
+        parts.watch.enter(Phase.FOLLOWING)
+        while parts.steering.is_following and not self._is_broken():
+            try:
+                async with asyncio.timeout(self._settings.follow_s):
+                    await self._changed.until(lambda: not parts.steering.is_following or self._is_broken())
+            except TimeoutError:
+                if rounds.dirty_bytes():
+                    return
+        if not parts.steering.is_following:
+            parts.watch.enter(Phase.PRE_COPY)
 
     def _link(self) -> Link:
         parts = self._p

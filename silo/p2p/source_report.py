@@ -68,7 +68,7 @@ class SourceReport:
         """Emit `Progress` while chunks move, and make everybody who waits for time look again."""
         while True:
             await asyncio.sleep(self._progress_s)
-            if self._watch.phase in (Phase.PRE_COPY, Phase.STORING, Phase.POST_COPY):
+            if self._watch.phase in (Phase.PRE_COPY, Phase.FOLLOWING, Phase.STORING, Phase.POST_COPY):
                 self._watch.tell(Progress, **self._progress(self._watch.phase))
             changed.notify()
 

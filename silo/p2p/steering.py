@@ -56,6 +56,8 @@ class Steering:
         uploaded: Callable[[], tuple[int, bool]] | None,
     ) -> None:
         self.policy = policy
+        self.is_following = policy.follow
+        """The target is to be kept close behind, and not to take over yet."""
         self.budget = Budget(
             started=clock.monotonic(),
             deadline=deadline,
@@ -118,6 +120,13 @@ class Steering:
         return self.budget.hot_size(
             Sight(now=now, only_here=link.only_here, link_bps=self.link.rate_bps), most
         )
+
+    def switch(self, deadline: float | None) -> None:
+        """The target is to take over; by then, if there is a deadline."""
+        if self.is_following:
+            self.is_following = False
+            now = self._clock.monotonic()
+            self.budget = attrs.evolve(self.budget, started=now, deadline=deadline)
 
     def release(self) -> None:
         """The guest may write as it likes again: it stands still, or stays."""
