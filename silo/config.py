@@ -136,6 +136,8 @@ class SyncConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     interval: str | float = "5s"
     bandwidth: str | float | None = None
+    throttle: bool = False
+    """Slow guests down rather than let the recovery point slip."""
     lease: str | float | None = None
 
     @property
@@ -204,6 +206,8 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A certificate of the fleet is enough; it need not name the host that was dialled."""
     insecure_peer: bool = False
     """Plain TCP between hosts, in a network that is trusted."""
+    metrics: str = ""
+    """Where Prometheus finds numbers: ``tcp:127.0.0.1:9090``."""
     sync: SyncConfig = SyncConfig()
     migration: MigrationConfig = MigrationConfig()
     encryption: EncryptionConfig = EncryptionConfig()
@@ -271,7 +275,7 @@ def check_config(config: ServeConfig, origin: str) -> ServeConfig:
             raise InvalidRequestError(f"content is pushed over 1 to {CONNECTIONS_MAX} connections")
         where = f"{origin}: nbd"
         config.nbd.check()
-        for url in (config.listen, config.peer):
+        for url in (config.listen, config.peer, config.metrics):
             where = f"{origin}: address {url!r}"
             _check_address(url)
         for name, group in config.groups.items():

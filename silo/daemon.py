@@ -88,6 +88,7 @@ async def serve_until_told(
             await daemon.open_groups(host_is_dead=host_is_dead, after_lease=after_lease)
             async with (
                 ControlServer(Path(config.state) / "control.sock", daemon.verbs()),
+                _metrics(config, host),
                 asyncio.TaskGroup() as tasks,
             ):
                 receiving = tasks.create_task(daemon.take_in())
@@ -101,6 +102,18 @@ async def serve_until_told(
         if task is not None:
             task.uncancel()
     say({"event": "stopped"}, "stopped")
+
+
+@contextlib.asynccontextmanager
+async def _metrics(config: ServeConfig, host: Host) -> AsyncIterator[None]:
+    """Serve numbers, if that is wanted."""
+    if not config.metrics:
+        yield
+        return
+    from silo.metrics import MetricsServer
+
+    async with MetricsServer(config.metrics, lambda: [hosted.status() for hosted in host.groups.values()]):
+        yield
 
 
 class _Signals:
@@ -282,7 +295,9 @@ class _Daemon:
 
     def _sync_settings(self) -> SyncSettings:
         sync = self._config.sync
-        return SyncSettings(rpo_s=sync.interval_s, rate_bps=sync.bandwidth_bps, lease_s=sync.lease_s)
+        return SyncSettings(
+            rpo_s=sync.interval_s, rate_bps=sync.bandwidth_bps, throttle=sync.throttle, lease_s=sync.lease_s
+        )
 
     def _workload(self, settings: GroupConfig | None) -> CommandWorkload | None:
         chosen = settings.workload if settings is not None and settings.workload else self._config.workload

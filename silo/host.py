@@ -191,11 +191,11 @@ class Host:
             raise group.exceptions[0] from None
 
     async def _tick(self) -> None:
-        """Move all heat maps along, until cancelled."""
+        """Let every group look around once a second, until cancelled."""
         while True:
             await asyncio.sleep(HEAT_INTERVAL_S)
             for hosted in self.groups.values():
-                hosted.group.advance_heat()
+                hosted.tick()
 
     async def open_group(
         self,

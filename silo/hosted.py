@@ -396,6 +396,12 @@ class HostedGroup:
             logger.warning("group %s could not be given back: %s", self.name, error)
             await self.close(drain=False)
 
+    def tick(self) -> None:
+        """Called by the host once a second."""
+        self.group.advance_heat()
+        if self.link is not None and self.link.syncer is not None:
+            self.link.syncer.look()
+
     # ---- seeing -------------------------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from silo.p2p.terms import Standing, Terms, Verdict
 from silo.sync.caretaker import Caretaker
 from silo.sync.cipher import KeyRing
 from silo.sync.claim import Expectation, Owner
+from silo.sync.counted_store import CountedStore
 from silo.sync.head import Head, PartRef, VolumeInfo
 from silo.sync.hotlist import parse_hot
 from silo.sync.lease_keeper import LeaseKeeper
@@ -80,16 +81,15 @@ class StoreLink:
         keys: KeyRing | None,
     ) -> None:
         self._keys = keys
-        self.store = store
-        self.reader = StoreReader(store, clock, fetch, keys=keys)
-        self.register = Register(store, name, clock, lease_s=sync.lease_s if sync else None, keys=keys)
+        self.store = CountedStore(store)
+        self.reader = StoreReader(self.store, clock, fetch, keys=keys)
+        self.register = Register(self.store, name, clock, lease_s=sync.lease_s if sync else None, keys=keys)
         self.syncer: Syncer | None = None
         self._group: Group | None = None
         self._clock = clock
         self._prepare = prepare
         self._owns_store = owns_store
         self._sync = sync or SyncSettings()
-        self._fetch = fetch
         self._directory = directory
         self._source = CurrentSource()
         self._early: Manifest | None = None
@@ -207,7 +207,7 @@ class StoreLink:
             self.store,
             self._clock,
             self._sync,
-            fetch=self._fetch,
+            reader=self.reader,
             directory=self._directory,
             keys=self._keys,
         )

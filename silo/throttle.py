@@ -37,7 +37,8 @@ class Bucket:
         """Seconds until something may be taken at this rate; 0 when it may be taken now."""
         self._credit = min(self._credit + rate_bps * max(0.0, now - self._at), rate_bps * BURST_S)
         self._at = max(now, self._at)
-        return max(0.0, -self._credit / rate_bps)
+        # Less than a byte is a rounding error, and a delay that is too short for a clock to notice would never end.
+        return -self._credit / rate_bps if self._credit <= -1.0 else 0.0
 
     def take(self, size: int) -> None:
         """So many bytes are taken; `delay_s` has said that they may."""

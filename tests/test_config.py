@@ -14,11 +14,13 @@ state = "/tmp/state"
 store = "file:///tmp/store"
 peer = "tcp:0.0.0.0:5170"
 insecure_peer = true
+metrics = "tcp:127.0.0.1:9090"
 listen = "unix:/run/silo/{group}.sock"
 
 [sync]
 interval = "2s"
 bandwidth = "100Mbit"
+throttle = true
 
 [migration]
 workload_timeout = "90s"
@@ -64,6 +66,7 @@ def test_a_full_file_is_understood(tmp_path: Path) -> None:
     assert config.listen_urls("other") == ["unix:/run/silo/other.sock"]
     assert config.workload.commands == {"suspend": "true"}
     assert config.migration.workload_timeout_s == 90.0
+    assert (config.sync.throttle, config.metrics) == (True, "tcp:127.0.0.1:9090")
     assert (config.flush_of("vm1"), config.flush_of("other")) == ("store", "local")
     assert config.migration.connections == 4
     assert config.migration.hot_bytes == 64 << 20

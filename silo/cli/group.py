@@ -75,6 +75,14 @@ def _group_table(group: dict[str, Any]) -> Table:
             f"epoch {group['epoch']}, generation {sync['generation']}, {behind}, "
             f"{format_size(group['exposed_bytes'])} only here"
         )
+        if sync["rate_bps"]:
+            table.caption += (
+                f"\n{format_size(sync['backlog_bytes'])} to upload, at {format_size(sync['rate_bps'])}/s"
+            )
+        if group["guest_limit_bps"] is not None:
+            table.caption += f"\nthe guest is slowed down to {format_size(group['guest_limit_bps'])}/s"
+        if sync["alarms"]:
+            table.caption += f"\nALARM: {', '.join(sync['alarms'])}"
         if sync["last_error"]:
             table.caption += f"\nlast error: {sync['last_error']}"
     return table

@@ -94,6 +94,7 @@ Lease = Annotated[
         "over by itself (--after-lease); but I/O stalls while the store is away. Default: no lease."
     ),
 ]
+Metrics = Annotated[str | None, _flag("Serve numbers for Prometheus here: tcp:127.0.0.1:9090.")]
 Flush = Annotated[
     str | None,
     _flag(
@@ -136,6 +137,7 @@ def serve(
     nbd_client_ca: NbdClientCa = None,
     nbd_client_certificates: NbdClients = None,
     flush: Flush = None,
+    metrics: Metrics = None,
     lease: Lease = None,
     encryption_key_file: KeyFile = "",
     encryption_key_command: KeyCommand = "",
@@ -161,6 +163,7 @@ def serve(
         listen=listen or (),
         sync_interval=sync_interval,
         flush=flush,
+        metrics=metrics,
         lease=lease,
         key_file=encryption_key_file,
         key_command=encryption_key_command,

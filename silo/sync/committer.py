@@ -31,6 +31,7 @@ from silo.sync.planner import checkpoint_due
 from silo.sync.register import Register
 from silo.sync.sender import ObjectSender
 from silo.sync.settings import SyncSettings
+from silo.sync.traffic import Traffic
 from silo.sync.uploader import Uploader
 from silo.sync.workers import Workers
 
@@ -57,9 +58,10 @@ class Committer:
         clock: Clock,
         settings: SyncSettings,
         directory: str | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self.manifest = manifest
-        self.sender = ObjectSender(store, group.name, settings, clock)
+        self.sender = ObjectSender(store, group.name, settings, clock, traffic)
         self.map_error: SiloError | None = None
         """Why the last checkpoint that was due could not be written. Commits go on without it."""
         self.amendments = Amendments()

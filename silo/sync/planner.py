@@ -6,6 +6,7 @@ wrong; it can only make it late or expensive.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import attrs
@@ -16,12 +17,14 @@ from silo.chunkmap import Indices
 
 __all__ = [
     "LEVELS",
+    "DrainRate",
     "Pace",
     "TokenBucket",
     "UploadWindow",
     "batches",
     "checkpoint_due",
     "coldest_first",
+    "guest_limit",
     "hottest_left",
     "is_worth_a_pass",
     "levels_of",
@@ -97,14 +100,22 @@ class UploadWindow:
     """How many bytes may be on their way to the store: grows while that goes well, is halved when it does not.
 
     Additive increase and multiplicative decrease, as TCP does it: several senders that share a store or an
-    uplink end with equal shares. One step up per window that was used in full and stored.
+    uplink end with equal shares. One step up per window that was used in full and stored. A failure halves it; so
+    does a store that takes several times as long per byte as it once did, because it, or the way to it, is busy, and
+    more at once would only make everybody wait longer.
     """
+
+    SLOW = 4.0
+    """So many times the best pace is slow. Our own requests share a link: two or three at once are not it."""
+    FORGET = 1.02
+    """The best pace is taken to be worse by this with every upload, for a link that has become another one."""
 
     def __init__(self, least: int, most: int) -> None:
         self.limit = min(2 * least, most)
         self.used = 0
         self._least, self._most = least, most
-        self._good = 0
+        self._good = self._slow = 0
+        self._best_pace = math.inf
 
     def fits(self, size: int) -> bool:
         """Whether ``size`` more bytes may be sent. Anything fits into an empty window."""
@@ -118,16 +129,24 @@ class UploadWindow:
         """They are not any more."""
         self.used -= size
 
-    def succeeded(self, size: int) -> None:
+    def succeeded(self, size: int, took_s: float = 0.0) -> None:
         """An upload was stored."""
+        if took_s and size * 4 >= self._least:  # small ones measure the round trip
+            pace = took_s / size
+            self._best_pace = min(pace, self._best_pace * self.FORGET)
+            if pace > self.SLOW * self._best_pace:
+                self._slow += size
+                if self._slow >= self.limit:
+                    self.failed()
+                return
         self._good += size
         if self._good >= self.limit:
-            self._good = 0
+            self._good = self._slow = 0
             self.limit = min(self._most, self.limit + self._least)
 
     def failed(self) -> None:
         """An upload was not answered, or the store asked to slow down."""
-        self._good = 0
+        self._good = self._slow = 0
         self.limit = max(self._least, self.limit // 2)
 
 
@@ -171,6 +190,36 @@ class Pace:
         """The time of the next cut. At least a tenth of the target lies between two, lest a slow store make
         every cut smaller and dearer."""
         return last_cut + max(self.rpo_s - 1.25 * self.duration_s, self.rpo_s / 10)
+
+
+@attrs.define
+class DrainRate:
+    """How fast content gets into the store, by what the last cuts took. ``None`` until one was large enough to tell."""
+
+    rate_bps: float | None = None
+
+    LEAST = 4 * 1024 * 1024
+    """Smaller cuts measure round trips."""
+
+    def took(self, content: int, duration_s: float) -> None:
+        """So many bytes of chunks were committed in this time. A slow one counts little at first: it may be small."""
+        if content >= self.LEAST and duration_s > 0:
+            self.rate_bps = max(content / duration_s, 0.8 * (self.rate_bps or 0.0))
+
+
+def guest_limit(*, exposed: int, rate_bps: float | None, rpo_s: float) -> float | None:
+    """How fast a guest may make content dirty, in bytes per second, lest the recovery point slips; ``None``: at will.
+
+    What is stored at ``rate_bps`` within the target is the room. Half of it may be exposed freely. Beyond, the guest
+    gets what the store takes, and less the more of the room is used, down to a tenth: enough to go on, and little
+    enough for the backlog to shrink.
+    """
+    if rate_bps is None:
+        return None
+    room = rate_bps * rpo_s
+    if exposed <= room / 2:
+        return None
+    return rate_bps * max(0.1, 2 * (1 - exposed / room))
 
 
 def checkpoint_due(*, segments: int, soft_limit: int, page_bytes: int, stored_bytes: int) -> bool:

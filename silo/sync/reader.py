@@ -18,6 +18,7 @@ from silo.sync.codec import digest_of
 from silo.sync.head import PartRef
 from silo.sync.retry import Backoff, bounded
 from silo.sync.settings import FetchSettings
+from silo.sync.traffic import Traffic
 
 __all__ = ["StoreReader"]
 
@@ -38,6 +39,8 @@ class StoreReader:
         self.keys = keys
         """The master keys of an encrypted group."""
         self.settings = settings or FetchSettings()
+        self.traffic = Traffic()
+        """Lets requests of the background, here and elsewhere, give way to those that guests wait for."""
         self.bytes_read = 0
         self._background = asyncio.Semaphore(self.settings.background_lanes)
         self._demand = asyncio.Semaphore(self.settings.demand_lanes)
@@ -52,7 +55,7 @@ class StoreReader:
         """
         if not demand:
             async with self._background:
-                return await self.read_now(key, offset, length)
+                return await self.read_behind(key, offset, length)
         return await self.patiently(lambda: self.read_now(key, offset, length))
 
     def unseal(self, data: Buffer, part: PartRef) -> tuple[Buffer, bytes]:
@@ -80,12 +83,18 @@ class StoreReader:
         while True:
             try:
                 async with self._demand:
-                    return await call()
+                    with self.traffic.demand():
+                        return await call()
             except UnavailableError as error:
                 delay = backoff.failed(error)
                 if self._clock.monotonic() + delay > give_up:
                     raise
                 await asyncio.sleep(delay)
+
+    async def read_behind(self, key: str, offset: int, length: int) -> Buffer | None:
+        """As `read_now`, after those that guests wait for, as far as the background can wait."""
+        await self.traffic.give_way()
+        return await self.read_now(key, offset, length)
 
     async def read_now(self, key: str, offset: int, length: int) -> Buffer | None:
         """One request, in no lane. As `read` otherwise."""

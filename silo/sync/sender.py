@@ -1,5 +1,7 @@
 """Sending immutable objects: a bounded window, a limit on the rate, and as many attempts as it takes.
 
+An object that is about to be sent gives way to guests that wait for a chunk (`silo.sync.traffic`).
+
 Every object is created under a key of its own and only if the key is free, so an attempt whose outcome is not known
 is simply repeated: when the key is taken, and by the very bytes that were to be sent, an earlier attempt got
 through after all. Sequence numbers are never used again, not even after a failure.
@@ -18,6 +20,7 @@ from silo.sync.layout import SegmentName
 from silo.sync.planner import TokenBucket, UploadWindow
 from silo.sync.retry import STORE_TROUBLE, Backoff, Trouble, bounded
 from silo.sync.settings import SyncSettings
+from silo.sync.traffic import Traffic
 
 __all__ = ["ObjectSender"]
 
@@ -31,7 +34,14 @@ SLOWEST_BPS = 256 * 1024
 class ObjectSender:
     """See the module. Concurrent calls share the window."""
 
-    def __init__(self, store: ObjectStore, group: str, settings: SyncSettings, clock: Clock) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        group: str,
+        settings: SyncSettings,
+        clock: Clock,
+        traffic: Traffic | None = None,
+    ) -> None:
         self.window = UploadWindow(settings.segment_size, settings.window)
         self.trouble: Trouble | None = None
         """Why objects are being sent again."""
@@ -43,6 +53,7 @@ class ObjectSender:
         self._group = group
         self._settings = settings
         self._clock = clock
+        self._traffic = traffic or Traffic()
         self._bucket = TokenBucket(settings.rate_bps)
         self._owner: Owner | None = None
         self._seq = 0
@@ -106,6 +117,8 @@ class ObjectSender:
             if check is not None:
                 check()
             attempts += 1
+            await self._traffic.give_way()
+            started = self._clock.monotonic()
             try:
                 await self._create(name, buffers, size)
             except STORE_TROUBLE as error:
@@ -114,7 +127,7 @@ class ObjectSender:
                 self.trouble = backoff.trouble
                 await asyncio.sleep(delay)
                 continue
-            self.window.succeeded(size)
+            self.window.succeeded(size, self._clock.monotonic() - started)
             self.trouble = None
             self.sent_bytes += size
             self.sent_objects += 1

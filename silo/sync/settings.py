@@ -76,6 +76,9 @@ class SyncSettings:
     reads the index of each."""
     flush_timeout_s: float = 60.0
     """How long a flush that must reach the store waits for its commit before it fails (`silo.flushing`)."""
+    throttle: bool = False
+    """Slow the guest's writes down when more is exposed than the store takes within the target (`guest_limit` in
+    `silo.sync.planner`). Without it the recovery point slips, which the status shows."""
     drain_timeout_s: float = 60.0
     """How long closing waits for the last commit."""
     lease_s: float | None = None

@@ -6,7 +6,11 @@ import enum
 
 import attrs
 
-__all__ = ["SyncPhase", "SyncStatus"]
+__all__ = ["ALARMS", "SyncPhase", "SyncStatus", "alarms_of"]
+
+ALARMS = ("behind", "failing", "fenced")
+"""What an operator should look at: the recovery point has slipped, the store or the disk fails, another host has the
+group."""
 
 
 class SyncPhase(enum.Enum):
@@ -41,6 +45,10 @@ class SyncStatus:
     """How old the state is that would be recovered if this host vanished now. Unchanged volumes do not age."""
     exposed_bytes: int
     """Upper bound of what would be lost then."""
+    target_s: float
+    """What the RPO should stay below."""
+    rate_bps: float | None
+    """How fast content got into the store last, in bytes of chunks per second; ``None`` when that is not known yet."""
     backlog_bytes: int
     """What is waiting to be uploaded: less than that when a part is in the store, but not committed."""
     copied_bytes: int
@@ -58,3 +66,21 @@ class SyncStatus:
     """Chunks that were written with what the store had already."""
     window: int
     """Bytes that may be on their way to the store at once, as adapted to how that goes."""
+
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """As `alarms_of`."""
+        return alarms_of(self)
+
+
+def alarms_of(status: SyncStatus) -> tuple[str, ...]:
+    """Which of `ALARMS` there is reason for.
+
+    *Behind*: a generation exists and is older than half as much again as the target says. A first sync is not
+    behind, because nothing was promised yet. *Failing*: something has been tried for longer than the target.
+    """
+    if status.phase is SyncPhase.FENCED:
+        return ("fenced",)
+    behind = status.generation > 0 and status.rpo_s > 1.5 * status.target_s and status.exposed_bytes > 0
+    failing = bool(status.error) and status.failing_s > status.target_s
+    return tuple(name for name, raised in (("behind", behind), ("failing", failing)) if raised)

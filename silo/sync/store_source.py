@@ -162,7 +162,7 @@ class StoreSource(ChunkSource):
         """Read and verify a run, and hand every member its content or error."""
         start, length, members = self._take_run(leader)
         try:
-            payload = await self._reader.read_now(leader.location.key, start, length)
+            payload = await self._reader.read_behind(leader.location.key, start, length)
             if payload is not None:
                 view = memoryview(payload)
                 contents = await self._workers.decode([_cut_out(view, start, wanted) for wanted in members])

@@ -45,18 +45,21 @@ from silo.sync.claim import check_volumes, owner_of
 from silo.sync.committer import Committer, volume_infos
 from silo.sync.head import PartRef
 from silo.sync.manifest import Manifest
-from silo.sync.planner import Pace
+from silo.sync.planner import DrainRate, Pace, guest_limit
 from silo.sync.reader import StoreReader
 from silo.sync.register import Register
 from silo.sync.retry import Backoff, Trouble
 from silo.sync.savedstate import write_state
 from silo.sync.settings import FetchSettings, SyncSettings
 from silo.sync.status import SyncPhase, SyncStatus
+from silo.sync.traffic import Traffic
 
 __all__ = ["Syncer", "volume_infos"]
 
 logger = logging.getLogger(__name__)
 
+THROTTLE = "rpo"
+"""Our name among those who may slow a guest down."""
 PAUSE_S = 10.0
 """Whoever wakes so much too late was stopped, and may have been declared dead."""
 
@@ -73,6 +76,7 @@ class Syncer:
         clock: Clock,
         settings: SyncSettings,
         directory: str | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self.manifest = manifest
         """The newest generation, kept up to date: what a `silo.sync.store_source` should read through."""
@@ -80,7 +84,8 @@ class Syncer:
         self._group = group
         self._register = register
         self._clock = clock
-        self._committer = Committer(group, register, store, manifest, clock, settings, directory)
+        self._committer = Committer(group, register, store, manifest, clock, settings, directory, traffic)
+        self._drain = DrainRate()
         self._ahead = Forerunner(group, self._committer.upload_ahead, settings)
         self._pace = Pace(settings.rpo_s)
         self._backoff = Backoff(clock, settings.retry)
@@ -107,11 +112,13 @@ class Syncer:
         settings: SyncSettings | None = None,
         *,
         fetch: FetchSettings | None = None,
+        reader: StoreReader | None = None,
         directory: str | None = None,
         keys: KeyRing | None = None,
     ) -> Self:
         """A syncer for a group that ``register`` has claimed.
 
+        ``reader`` is the one that guests' reads go through, to which uploads give way; without it one is made.
         ``directory`` takes temporary files (the map of a large disk); on a tmpfs they count as memory. Raises
         `InvalidRequestError` when the volumes are not those that the store knows (new ones may be added), and as
         `Manifest.open`. Nothing is left behind then, or after a cancellation.
@@ -123,12 +130,14 @@ class Syncer:
                 "a syncer needs a claim of its own", hint="it would use keys for a second time"
             )
         check_volumes(register.head, volume_infos(group))
-        reader = StoreReader(store, clock, fetch, keys=keys)
+        reader = reader or StoreReader(store, clock, fetch, keys=keys)
         manifest = await Manifest.open(register.head, reader, directory=directory)
         for info in volume_infos(group):
             if register.head.volume(info.name) is None:
                 manifest.add(info)
-        return cls(group, register, store, manifest, clock, settings or SyncSettings(), directory)
+        return cls(
+            group, register, store, manifest, clock, settings or SyncSettings(), directory, reader.traffic
+        )
 
     # ---- for everybody ------------------------------------------------------------------------------------
 
@@ -171,6 +180,8 @@ class Syncer:
             generation=self.generation,
             cut_time=self.manifest.head.cut_time,
             rpo_s=now - self._covered_at,
+            target_s=self.settings.rpo_s,
+            rate_bps=self._drain.rate_bps,
             exposed_bytes=self._group.exposed_bytes,
             backlog_bytes=self._group.backlog_bytes,
             copied_bytes=self._group.cut.copied_bytes if self._group.cut else 0,
@@ -192,6 +203,15 @@ class Syncer:
         if found is None and isinstance(error, SiloError):
             return Trouble(error, 1, self._clock.monotonic())
         return found
+
+    def look(self) -> None:
+        """Called about once a second: let the guest be slowed down, or go on, as the backlog demands."""
+        limit = None
+        if self.settings.throttle and self.generation and self._error is None:
+            limit = guest_limit(
+                exposed=self._group.exposed_bytes, rate_bps=self._drain.rate_bps, rpo_s=self.settings.rpo_s
+            )
+        self._group.throttle.limit(THROTTLE, limit)
 
     def hold(self, reason: str) -> None:
         """From now on nothing is committed, until each hold was released. A commit that is already being sent may
@@ -303,6 +323,7 @@ class Syncer:
             raise
         finally:
             self._ended = True
+            self._group.throttle.limit(THROTTLE, None)
             if self._error is None:
                 self._phase = SyncPhase.CLOSED
             self._notify()
@@ -346,7 +367,7 @@ class Syncer:
             # Before old content is protected again: does the store answer, and is the group still ours?
             await self._register.confirm()
             self._was_stopped = False
-        started = self._clock.monotonic()
+        started, exposed = self._clock.monotonic(), self._group.exposed_bytes
         self._phase = SyncPhase.AHEAD
         await self._ahead.run(lambda: not self._holds)
         if self._holds:
@@ -360,7 +381,9 @@ class Syncer:
                 cut.commit()
             else:
                 await self._store(cut)
-                self._pace.took(self._clock.monotonic() - started)
+                took_s = self._clock.monotonic() - started
+                self._pace.took(took_s)
+                self._drain.took(exposed, took_s)
         except BaseException:
             cut.abandon()
             raise

@@ -11,12 +11,14 @@ from hypothesis import given
 
 from silo.sync.planner import (
     LEVELS,
+    DrainRate,
     Pace,
     TokenBucket,
     UploadWindow,
     batches,
     checkpoint_due,
     coldest_first,
+    guest_limit,
     hottest_left,
     is_worth_a_pass,
     levels_of,
@@ -171,3 +173,63 @@ def test_the_first_sync_does_not_set_the_pace_for_long() -> None:
         pace.took(0.1)
         cuts += 1
     assert cuts < 6
+
+
+MIB = 1 << 20
+
+
+def test_a_store_that_becomes_slow_gets_less_at_once() -> None:
+    """Several times the best pace halves the window; the pace of a link that is only shared does not."""
+    window = UploadWindow(32 * MIB, 256 * MIB)
+    for _ in range(30):
+        window.succeeded(32 * MIB, 1.0)
+    assert window.limit == 256 * MIB
+    for _ in range(30):
+        window.succeeded(32 * MIB, 3.0)
+    assert window.limit == 256 * MIB
+    for _ in range(8):
+        window.succeeded(32 * MIB, 20.0)
+    assert window.limit == 128 * MIB
+    for _ in range(30):
+        window.succeeded(32 * MIB, 20.0)
+    assert window.limit == 32 * MIB
+    for _ in range(200):
+        window.succeeded(32 * MIB, 20.0)
+    assert window.limit == 256 * MIB, "by now that is what the link is"
+
+
+def test_small_uploads_say_nothing_about_the_pace() -> None:
+    """An index of a few bytes takes a round trip."""
+    window = UploadWindow(32 * MIB, 64 * MIB)
+    window.succeeded(32 * MIB, 1.0)
+    for _ in range(1000):
+        window.succeeded(1000, 1.0)
+    assert window.limit == 64 * MIB
+
+
+def test_the_drain_rate_is_learned_from_large_cuts() -> None:
+    """Small ones measure round trips; a slow one lowers it gradually."""
+    drain = DrainRate()
+    drain.took(100_000, 1.0)
+    assert drain.rate_bps is None
+    drain.took(100 * MIB, 2.0)
+    assert drain.rate_bps == 50 * MIB
+    drain.took(100 * MIB, 200.0)
+    assert drain.rate_bps == 40 * MIB
+    drain.took(100 * MIB, 1.0)
+    assert drain.rate_bps == 100 * MIB
+
+
+@given(st.integers(0, 10**12), st.floats(1.0, 1e10), st.floats(0.1, 600.0))
+def test_a_guest_is_slowed_only_when_half_the_room_is_used(
+    exposed: int, rate_bps: float, rpo_s: float
+) -> None:
+    """Never above what the store takes then, and never below a tenth of it; the more is exposed, the slower."""
+    limit = guest_limit(exposed=exposed, rate_bps=rate_bps, rpo_s=rpo_s)
+    assert (limit is None) == (exposed <= rate_bps * rpo_s / 2)
+    if limit is not None:
+        assert 0.1 * rate_bps <= limit <= rate_bps
+        more = guest_limit(exposed=exposed + 1000, rate_bps=rate_bps, rpo_s=rpo_s)
+        assert more is not None
+        assert more <= limit
+    assert guest_limit(exposed=exposed, rate_bps=None, rpo_s=rpo_s) is None
