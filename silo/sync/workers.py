@@ -44,7 +44,10 @@ class Workers:
         self._decoders: list[ChunkDecoder] = []
 
     async def encode(self, contents: Sequence[Buffer], known: Sequence[bytes | None]) -> list[Encoded | None]:
-        """What to store of each content; ``None`` where its digest is the known one. See `ChunkEncoder`."""
+        """What to store of each content; ``None`` where its digest is the known one. See `ChunkEncoder`.
+
+        Payloads are views of their contents only where most of the batch is kept by that.
+        """
         return await run_to_completion(self._executor, self._encode, contents, known)
 
     async def decode(self, batch: Sequence[Stored]) -> list[Buffer | CorruptionError]:
@@ -69,7 +72,7 @@ class Workers:
                 if made is not None and made.kind is not Kind.ZERO:
                     doubtful = made.kind is Kind.RAW
                 encoded.append(made)
-            return encoded
+            return _unpinned(encoded, sum(map(len, contents)))
         finally:
             self._encoders.append(encoder)
 
@@ -79,6 +82,18 @@ class Workers:
             return [_decode_one(decoder, stored) for stored in batch]
         finally:
             self._decoders.append(decoder)
+
+
+def _unpinned(encoded: list[Encoded | None], size: int) -> list[Encoded | None]:
+    """The same, without payloads that are views of the contents when they are few: a few chunks that do not compress
+    would keep the memory of a whole batch, for as long as the segment takes to which they go."""
+    raw = [one for one in encoded if one is not None and one.kind is Kind.RAW]
+    if 2 * sum(len(one.payload) for one in raw) >= size:
+        return encoded
+    return [
+        attrs.evolve(one, payload=bytes(one.payload)) if one is not None and one.kind is Kind.RAW else one
+        for one in encoded
+    ]
 
 
 def _decode_one(decoder: ChunkDecoder, stored: Stored) -> Buffer | CorruptionError:

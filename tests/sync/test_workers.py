@@ -33,6 +33,17 @@ async def test_a_batch_is_encoded_and_decoded_in_order() -> None:
             assert [bytes(content) for content in await workers.decode(stored)] == [b"text" * 1024, NOISE]
 
 
+async def test_a_few_payloads_do_not_keep_a_whole_batch() -> None:
+    """Views of the contents, which keep all of their memory, only where most of it is needed."""
+    text, noise = memoryview(b"text" * 1024), memoryview(NOISE)
+    with closing(Workers(1)) as workers:
+        for contents, kind in (([noise, noise, text], memoryview), ([noise, text, text, text], bytes)):
+            first = (await workers.encode(contents, [None] * len(contents)))[0]
+            assert first is not None
+            assert type(first.payload) is kind
+            assert bytes(first.payload) == NOISE
+
+
 async def test_one_damaged_chunk_harms_no_other() -> None:
     with closing(Workers(1)) as workers:
         good, bad = digest_of(NOISE), digest_of(b"other")
