@@ -5,8 +5,8 @@ from __future__ import annotations
 import attrs
 
 from silo.sync.codec import Kind
-from silo.sync.manifest import parse_index_of
 from silo.sync.memory_store import MemoryClient, MemoryStore
+from silo.sync.segment import parse_index
 from silo.sync.uploader import merged
 from silo.testing.loop import SimulatedClock, run_simulated
 from tests.support.simulated import simulated
@@ -33,7 +33,11 @@ def entries(store: MemoryStore, it: Syncing) -> list[list[tuple[int, int]]]:
     found = []
     for segment in it.head.segments:
         data = store.snapshot()[segment.key]
-        index = parse_index_of(segment, data[segment.index_offset :][: segment.index_length])
+        index = parse_index(
+            data[segment.index_offset :][: segment.index_length],
+            index_offset=segment.index_offset,
+            digest=bytes.fromhex(segment.index_digest),
+        )
         found.append([(int(entry["kind"]), int(entry["chunk"])) for entry in index.entries])
     return found
 
