@@ -11,7 +11,14 @@ import pytest
 
 from silo import FileDevice, Host, MemoryDevice, SyncSettings
 from silo.clock import SystemClock
-from silo.errors import FencedError, InvalidRequestError, MigrationAborted, SiloError, UnavailableError
+from silo.errors import (
+    ClosedError,
+    FencedError,
+    InvalidRequestError,
+    MigrationAborted,
+    SiloError,
+    UnavailableError,
+)
 from silo.events import Decided, MigrationEvent, Outcome, Phase, PhaseEntered
 from silo.hooks.inprocess import CallbackWorkload
 from silo.hosted import HostedGroup
@@ -343,3 +350,44 @@ async def test_durable_before_switch_has_everything_in_the_store_first(tmp_path:
             lonely = await other.open_group("vm2", {"disk": MemoryDevice(SIZE)})
             with pytest.raises(InvalidRequestError, match="has no store"):
                 lonely.migrate(url, policy=policy)
+
+
+async def test_a_guest_that_writes_too_fast_is_slowed_until_the_rest_fits(tmp_path: Path) -> None:
+    """The store takes 4 MB/s and the guest would make ten times that dirty: it is told so, and stored in time."""
+    store, size = MemoryStore(SystemClock()), 256 * MIB
+    slow = SyncSettings(rpo_s=3600, rate_bps=4e6, segment_size=MIB, window=4 * MIB)
+    stopped = asyncio.Event()
+    workload = CallbackWorkload(suspend=lambda step: stopped.set())
+    async with Host(tmp_path / "a") as a, asyncio.TaskGroup() as tasks:
+        group = await a.open_group(
+            "vm1", {"disk": MemoryDevice(size)}, store=store.client(), sync=slow, workload=workload
+        )
+        disk, clock = group.volumes["disk"], a.clock
+        content = clock.token(65536)
+        for chunk in range(160):
+            await disk.write(chunk * 65536, content[chunk:] + content[:chunk])
+
+        async def write() -> None:
+            chunk = 160
+            with contextlib.suppress(ClosedError):  # what it had begun when it was stopped never ends
+                while not stopped.is_set():
+                    await disk.write(
+                        chunk % 4096 * 65536, content[chunk % 65536 :] + content[: chunk % 65536]
+                    )
+                    chunk += 1
+                    await asyncio.sleep(0.002)
+
+        writing = tasks.create_task(write())
+        deadline = clock.monotonic() + 12
+        async with group.hibernate(deadline=deadline) as move:
+            decided = [event async for event in move.events() if isinstance(event, Decided)]
+            report = await move.wait_released()
+        assert clock.monotonic() < deadline
+        writing.cancel()
+    assert report.outcome is Outcome.STORED
+    limits = [event.write_bps for event in decided if event.write_bps is not None]
+    assert limits
+    assert all(MIB <= limit <= 16e6 for limit in limits)
+    assert group.group.throttle.waited_s > 0
+    assert group.group.throttle.rate_bps is None
+    assert all(event.late_bytes == 0 for event in decided)
