@@ -161,6 +161,8 @@ class Steering:
         )
 
     def _tell(self, plan: Plan, sight: Sight) -> Plan:
+        if self.is_following and plan.action is Action.SWITCH:
+            return plan  # it will not be done: the target goes on following
         told = (plan.action, plan.reason, plan.write_bps)
         is_news = plan.action is not Action.COPY or plan.write_bps is not None
         if told != self._told and (is_news or self._told is not None):
