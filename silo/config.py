@@ -161,8 +161,9 @@ class MigrationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     workload_timeout: str | float = "30s"
     """For each hook of a workload."""
-    connections: int = 2
-    """Over so many connections content is pushed to another host; demands have one more."""
+    connections: int = 1
+    """Over so many connections content is pushed to another host; demands have one more. More help where a network
+    gives each only a part of its capacity."""
     hot: str | int = "512M"
     """Most of what the store has, too, and is pushed all the same because the guest reads it a lot."""
 

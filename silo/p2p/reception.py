@@ -39,8 +39,8 @@ __all__ = ["IncomingOffer", "Reception"]
 
 _log = logging.getLogger(__name__)
 
-CONNECTIONS_MAX = 512
-"""Connections at once. A migration has three, unless its settings say otherwise."""
+CONNECTIONS_MAX = 256
+"""Connections at once. A migration has two, unless its settings ask for more."""
 OFFERS_MAX = 64
 """Offers that wait for the host."""
 

@@ -38,8 +38,9 @@ class MigrationSettings:
     """Pushes under way and not acknowledged. 16 MiB fills 10 Gbit/s at 13 ms of round trip."""
     batch: int = MIB
     """Content that is read, hashed and sent, or received and verified, without giving way to others."""
-    connections: int = 2
-    """Over so many connections content is pushed. Demands have another one to themselves."""
+    connections: int = 1
+    """Over so many connections content is pushed; demands have another one to themselves. More help where a network
+    gives each only a part of its capacity. Where it does not, as on loopback, they only cost."""
     compress: bool = True
     """Compress what is pushed, where a sample says that it arrives sooner so."""
     rate_bps: float | None = None

@@ -6,7 +6,7 @@ What a link means in the present state of the migration is decided by its `LinkU
 called as soon as the bulk lane is welcomed and may talk on it alone; then the demand lane is dialled, and
 messages, pushes and demands flow until the end.
 
-Push lanes help the bulk lane. They come and go by themselves: one that breaks is dialled again at once, and if that
+Push lanes help the bulk lane. They come and go by themselves: one that breaks is dialled again soon, and if that
 fails the others carry what it had. So a link with fewer of them is slower, and nothing else.
 """
 
@@ -157,10 +157,10 @@ class SourceLink:
                     _log.exception("a push lane to %s was closed over a bug", self._url)
                 _log.info("push lane %d to %s: %s", lane, self._url, error)
             if was_up:
-                delay_s = settings.redial_min_s  # and at once
-                continue
-            self._user.unhelped(lane)
-            self._changed.notify()
+                delay_s = settings.redial_min_s
+            else:
+                self._user.unhelped(lane)
+                self._changed.notify()
             await asyncio.sleep(delay_s)
             delay_s = min(2 * delay_s, settings.redial_max_s)
 

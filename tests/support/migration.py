@@ -42,7 +42,8 @@ BLOCK = 512
 CHUNK = 4096
 QUICK = MigrationSettings(
     switch_size=2 * CHUNK, patience_s=5.0, answer_timeout_s=3.0, claim_timeout_s=8.0, accept_timeout_s=20.0,
-    progress_s=0.2, compress=False, keepalive_s=0.5, silence_s=2.0, connect_timeout_s=2.0, hot_size=8 * CHUNK,
+    progress_s=0.2, compress=False, connections=2, keepalive_s=0.5, silence_s=2.0, connect_timeout_s=2.0,
+    hot_size=8 * CHUNK,
 )  # fmt: skip
 
 
