@@ -51,17 +51,23 @@ from silo.names import check_group_name, check_volume_name
 from silo.nbdconfig import NbdConfig
 from silo.p2p.settings import CONNECTIONS_MAX
 from silo.settings import parse_duration, parse_rate, parse_size
+from silo.sync.cost import PriceTable
 from silo.sync.lease import check_lease
+from silo.sync.retention import RetentionPolicy
+from silo.sync.settings import CollectorSettings
 
 __all__ = [
+    "CollectorConfig",
     "GroupConfig",
     "IncomingConfig",
     "MigrationConfig",
+    "PointsConfig",
     "ServeConfig",
     "SyncConfig",
     "VolumeConfig",
     "WorkloadConfig",
     "load_config",
+    "load_prices",
     "merge_flags",
     "parse_volume_flag",
 ]
@@ -156,6 +162,44 @@ class SyncConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return None if self.bandwidth is None else parse_rate(self.bandwidth)
 
 
+class CollectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How what is not needed any more is deleted from the store."""
+
+    enabled: bool = True
+    interval: str | float = "10m"
+    """Between two passes, when anything was committed."""
+    grace: str | float = "5m"
+    """How long an object that nothing needs is left alone."""
+
+    @property
+    def settings(self) -> CollectorSettings:
+        """As the library takes it."""
+        interval_s = parse_duration(self.interval)
+        return CollectorSettings(
+            is_on=self.enabled,
+            interval_s=interval_s,
+            grace_s=parse_duration(self.grace),
+            pause_s=min(10.0, interval_s),
+        )
+
+
+class PointsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which restore points are made by themselves, and which of them are kept."""
+
+    every: str | float = 0
+    """Time between two; 0: none."""
+    last: int = 0
+    hourly: int = 24
+    daily: int = 7
+
+    @property
+    def policy(self) -> RetentionPolicy:
+        """As the library takes it."""
+        return RetentionPolicy(
+            every_s=parse_duration(self.every), last=self.last, hourly=self.hourly, daily=self.daily
+        )
+
+
 class MigrationConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How groups move, to here and away."""
 
@@ -212,6 +256,9 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sync: SyncConfig = SyncConfig()
     migration: MigrationConfig = MigrationConfig()
     encryption: EncryptionConfig = EncryptionConfig()
+    collector: CollectorConfig = CollectorConfig()
+    points: PointsConfig = PointsConfig()
+    prices: PriceTable = PriceTable()
     incoming: IncomingConfig = IncomingConfig()
     nbd: NbdConfig = NbdConfig()
     groups: dict[str, GroupConfig] = {}
@@ -231,13 +278,25 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def load_config(path: Path) -> ServeConfig:
     """Read and check a TOML file. `InvalidRequestError` names the file, the key and the trouble."""
+    return check_config(_convert(_read_toml(path), str(path)), str(path))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidRequestError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"{path} is not valid TOML: {error}") from error
-    return check_config(_convert(data, str(path)), str(path))
+
+
+def load_prices(path: Path) -> PriceTable:
+    """A table of prices in a TOML file of its own. `InvalidRequestError` as `load_config`."""
+    data = _read_toml(path)
+    try:
+        return msgspec.convert(data, PriceTable)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"{path}: {error}") from error
 
 
 def _convert(data: Mapping[str, Any], origin: str) -> ServeConfig:
@@ -276,6 +335,10 @@ def check_config(config: ServeConfig, origin: str) -> ServeConfig:
             raise InvalidRequestError(f"content is pushed over 1 to {CONNECTIONS_MAX} connections")
         where = f"{origin}: nbd"
         config.nbd.check()
+        where = f"{origin}: collector"
+        _ = config.collector.settings
+        where = f"{origin}: points"
+        _ = config.points.policy
         for url in (config.listen, config.peer, config.metrics):
             where = f"{origin}: address {url!r}"
             _check_address(url)

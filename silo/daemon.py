@@ -40,6 +40,7 @@ from silo.p2p.transport import PlainTransport
 from silo.resuming import stored_head
 from silo.sync.settings import SyncSettings
 from silo.sync.store_url import open_store
+from silo.tending import StoreVerbs
 from silo.threads import run_to_completion
 
 __all__ = ["Say", "serve_until_told"]
@@ -296,7 +297,12 @@ class _Daemon:
     def _sync_settings(self) -> SyncSettings:
         sync = self._config.sync
         return SyncSettings(
-            rpo_s=sync.interval_s, rate_bps=sync.bandwidth_bps, throttle=sync.throttle, lease_s=sync.lease_s
+            rpo_s=sync.interval_s,
+            rate_bps=sync.bandwidth_bps,
+            throttle=sync.throttle,
+            lease_s=sync.lease_s,
+            collector=self._config.collector.settings,
+            points=self._config.points.policy,
         )
 
     def _workload(self, settings: GroupConfig | None) -> CommandWorkload | None:
@@ -327,6 +333,7 @@ class _Daemon:
             "hibernate": self.hibernate,
             "resume": self.resume,
             "import": self.import_disk,
+            **StoreVerbs(self._group, self._host.clock, self._config.prices).verbs(),
         }
 
     def _group(self, name: str) -> HostedGroup:

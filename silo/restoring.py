@@ -9,8 +9,11 @@ from silo.clock import SystemClock
 from silo.devices.file import FileDevice
 from silo.errors import InvalidRequestError
 from silo.sync.cipher import KeyRing
+from silo.sync.head import Head
+from silo.sync.manifest import Manifest
+from silo.sync.pins import Keeper
 from silo.sync.reader import StoreReader
-from silo.sync.restore import Progress, open_newest
+from silo.sync.restore import Progress
 from silo.sync.restore import restore_volume as restore_onto
 from silo.sync.store_url import open_store
 from silo.threads import run_to_completion
@@ -19,9 +22,18 @@ __all__ = ["restore_volume"]
 
 
 async def restore_volume(
-    store: str, group: str, volume: str, to: Path, progress: Progress, keys: KeyRing | None = None
+    store: str,
+    group: str,
+    volume: str,
+    to: Path,
+    progress: Progress,
+    keys: KeyRing | None = None,
+    *,
+    generation: int | None = None,
+    at: float | None = None,
 ) -> dict[str, Any]:
-    """Write the newest generation of a volume to a new file or a block device, verified and flushed.
+    """Write a volume to a new file or a block device, verified and flushed: of the newest generation, or of a kept one
+    by its number or the last before an instant (POSIX seconds).
 
     Returns generation, cut time, size and the bytes read from the store. When it raises or is cancelled, a file
     that it made is gone again.
@@ -31,33 +43,41 @@ async def restore_volume(
     objects = open_store(store, clock)
     try:
         reader = StoreReader(objects, clock, keys=keys)
-        manifest = await open_newest(reader, group)
-        try:
-            head = manifest.head
-            info = head.volume(volume)
-            if info is None:
-                names = ", ".join(known.name for known in head.volumes)
-                raise InvalidRequestError(f"group {group} has no volume {volume}", hint=f"it has {names}")
-            try:
-                device = FileDevice(to, info.size)
-                try:
-                    await restore_onto(manifest, reader, volume, device, progress=progress)
-                finally:
-                    await device.aclose()
-            except BaseException:
-                if made:
-                    await run_to_completion(None, lambda: to.unlink(missing_ok=True))
-                raise
-        finally:
-            manifest.close()
+        keeper = Keeper(objects, reader, clock)
+        chosen = await keeper.find(group, generation=generation, at=at)
+        async with keeper.reading(group, chosen) as head:
+            size = await _restore(head, reader, volume, to, progress, made=made)
     finally:
         await objects.aclose()
     return {
         "generation": head.generation,
         "cut_time": head.cut_time,
-        "size": info.size,
+        "size": size,
         "bytes_store": reader.bytes_read,
     }
+
+
+async def _restore(
+    head: Head, reader: StoreReader, volume: str, to: Path, progress: Progress, *, made: bool
+) -> int:
+    info = head.volume(volume)
+    if info is None:
+        names = ", ".join(known.name for known in head.volumes)
+        raise InvalidRequestError(f"group {head.group} has no volume {volume}", hint=f"it has {names}")
+    manifest = await Manifest.open(head, reader)
+    try:
+        device = FileDevice(to, info.size)
+        try:
+            await restore_onto(manifest, reader, volume, device, progress=progress)
+        finally:
+            await device.aclose()
+    except BaseException:
+        if made:
+            await run_to_completion(None, lambda: to.unlink(missing_ok=True))
+        raise
+    finally:
+        manifest.close()
+    return info.size
 
 
 def _is_new(path: Path) -> bool:

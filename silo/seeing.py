@@ -45,6 +45,7 @@ def group_status(
         "store_requests": dict(link.store.requests) if link else {},
         "guest_limit_bps": group.throttle.rate_bps,
         "volumes": [_volume_status(v, exporter.uris(group.name, v.name)) for v in group.volumes.values()],
+        "collector": link.tidying if link is not None else None,
         "sync": sync and _sync_status(sync),
     }
 

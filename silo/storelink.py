@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
+
+import attrs
 
 from silo.abc import Buffer, ChunkSource, Clock, ObjectStore
 from silo.chunkmap import RESIDENCY_MASK, ChunkMap, Indices, Residency, runs_of
@@ -82,6 +84,7 @@ class StoreLink:
     ) -> None:
         self._keys = keys
         self.store = CountedStore(store)
+        self.opened_at = clock.monotonic()
         self.reader = StoreReader(self.store, clock, fetch, keys=keys)
         self.register = Register(self.store, name, clock, lease_s=sync.lease_s if sync else None, keys=keys)
         self.syncer: Syncer | None = None
@@ -277,6 +280,18 @@ class StoreLink:
     def status(self) -> SyncStatus | None:
         """As `Syncer.status`; ``None`` while nothing is synced."""
         return self.syncer.status if self.syncer is not None else None
+
+    @property
+    def tidying(self) -> dict[str, Any] | None:
+        """What the collector has done, and saw last, as plain values; ``None`` while nothing is synced."""
+        if self.caretaker is None:
+            return None
+        report = self.caretaker.report
+        return {
+            "error": self.caretaker.error,
+            **attrs.asdict(self.caretaker.totals),
+            "last_pass": attrs.asdict(report) if report is not None else None,
+        }
 
     async def first_reads(self) -> Mapping[str, Indices]:
         """The chunks that were read first after an earlier start, as far as is known. Raises as `Manifest.open`."""

@@ -30,5 +30,6 @@ def test_an_example_does_what_it_shows(name: str) -> None:
 
 
 def test_every_example_is_run() -> None:
-    """A new example must be added here."""
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == set(EXPECTED)
+    """A new example must be added here; what needs a store is run by the tests of the stores."""
+    names = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert names - {"restore_with_minio.py"} == set(EXPECTED)

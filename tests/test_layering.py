@@ -23,7 +23,8 @@ RINGS: dict[int, str] = {
     DRIVERS: """chunklocks clock eventloop files frozen gate group hydration linux localchunks mapfile sockets statedir
         tasks threads throttle volume volumestate""",
     FACES: """__main__ agent arriving cli config control daemon demo exporting flushing host hosted hydrator importing
-        keysource leaving metrics moving nbdconfig opening restoring resuming seeing storelink testing trio""",
+        keeping keysource leaving metrics moving nbdconfig opening restoring resuming seeing storelink tending testing
+        trio""",
 }
 """Where everything at the first level belongs. A new module needs its place here."""
 
@@ -31,7 +32,8 @@ ROOMS: dict[str, str] = {
     "devices": "",
     "exports": """nbd_catalog nbd_chunks nbd_client_handshake nbd_client_replies nbd_client_request nbd_client_session
         nbd_handshake nbd_options nbd_replies nbd_session nbd_uri nbd_wire""",
-    "sync": """amendments cipher claim codec collection compaction head hotlist layout lease mappage nametable planner
+    "sync": """amendments cipher claim codec collection compaction cost head hotlist layout lease mappage nametable
+        planner
         retention runs s3_errors s3_location segment settings status store_faults store_keys""",
     "p2p": """budget chunksets convergence conversation handover messages meter precopy records settings terms thrift
         wire""",

@@ -14,7 +14,7 @@ from silo.cli.picture import Cell, draw, write_png
 from silo.control import ControlClient
 from silo.settings import format_duration, format_size
 
-__all__ = ["STATE_DEFAULT", "Json", "State", "add_to", "client"]
+__all__ = ["STATE_DEFAULT", "Json", "State", "add_to", "call_daemon", "client"]
 
 State = Annotated[str, typer.Option(help="The daemon's state directory.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
@@ -31,14 +31,15 @@ def client(state: str) -> ControlClient:
     return ControlClient(Path(state) / "control.sock")
 
 
-async def _call(state: str, verb: str, **args: Any) -> Any:
+async def call_daemon(state: str, verb: str, **args: Any) -> Any:
+    """What the daemon with this state directory answers."""
     async with client(state) as daemon:
         return await daemon.call(verb, **args)
 
 
 def status(state: State = STATE_DEFAULT, json: Json = False) -> None:
     """Show every group: who owns it, how much is dirty, and how far the store is behind."""
-    answer = asyncio.run(_call(state, "status"))
+    answer = asyncio.run(call_daemon(state, "status"))
     if json:
         print_json(answer)
         return
@@ -98,7 +99,7 @@ def heat(
     json: Json = False,
 ) -> None:
     """Draw the chunks of a group: green is read, red is written, blue is still in the store."""
-    answer = asyncio.run(_call(state, "heat", group=group, cells=width * 48))
+    answer = asyncio.run(call_daemon(state, "heat", group=group, cells=width * 48))
     if json:
         print_json(answer)
         return
@@ -126,7 +127,7 @@ def sync(
     json: Json = False,
 ) -> None:
     """Store everything that is dirty now, and wait until it is committed."""
-    answer = asyncio.run(_call(state, "sync", group=group))
+    answer = asyncio.run(call_daemon(state, "sync", group=group))
     if json:
         print_json(answer)
     else:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from silo.cli import certs, demo, group, imports, move, output, serve, store
+from silo.cli import certs, demo, group, imports, move, output, point, serve, store
 from silo.errors import SiloError
 
 __all__ = ["app", "main"]
@@ -49,6 +49,7 @@ move.add_to(app)
 store.add_to(app)
 certs.add_to(app)
 imports.add_to(app)
+point.add_to(app)
 demo.add_to(app)
 
 

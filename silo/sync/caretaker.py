@@ -210,6 +210,12 @@ class Caretaker:
                 self.totals.rewritten_bytes += report.rewritten_bytes
             return report
 
+    async def fold(self, *, hurry: bool = False) -> None:
+        """Have the newest generation name its map by a root alone. A record of it then keeps what it shows, and not all
+        that was overwritten since the last root. With the next cut; ``hurry``: now. Raises as `Syncer.sync_now`."""
+        self._syncer.amendments.wants_checkpoint = True
+        await (self._syncer.sync_now() if hurry else self._syncer.wait_cycle())
+
     # ---- first reads --------------------------------------------------------------------------------------
 
     async def _record_first_reads(self) -> None:
@@ -237,6 +243,7 @@ class Caretaker:
         if not is_point_due(self._points, self._policy, head.generation, head.cut_time):
             return
         keeper = self._collector.keeper
+        await self.fold()
         await keeper.keep_newest(head.group, Keeping.POINT)
         points = await keeper.points(head.group)
         self._points = [_info(point) for point in points]

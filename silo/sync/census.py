@@ -133,10 +133,9 @@ def _named_by(head: Head) -> Iterator[str]:
     yield from (segment.key for segment in head.segments)
     if head.root is not None and head.root.stored is not None:
         yield head.root.stored.key
-    if head.hot is not None:
-        yield head.hot.key
-    if head.resume is not None:
-        yield head.resume.key
+    for part in (head.hot, head.resume):
+        if part is not None:
+            yield part.key
 
 
 def _steps(first: int, limit: int) -> Iterator[tuple[int, int]]:

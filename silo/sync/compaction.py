@@ -42,7 +42,7 @@ def choose_segments(
 
     Segments of which nothing is live count as freed already.
     """
-    worn = {key: filling for key, filling in fillings.items() if filling.live > 0}
+    worn = {key: filling for key, filling in fillings.items() if 0 < filling.live < filling.size - GAIN_MIN}
     size = sum(filling.size for filling in fillings.values() if filling.live)
     live = sum(filling.live for filling in fillings.values())
     chosen: list[str] = []

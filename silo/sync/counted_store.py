@@ -20,6 +20,8 @@ class CountedStore(ObjectStore):
     def __init__(self, inner: ObjectStore) -> None:
         self.url = inner.url
         self.requests: Counter[str] = Counter()
+        self.out_bytes = 0
+        """Content that came back."""
         self._inner = inner
 
     async def put(self, key: str, data: Sequence[Buffer]) -> str:
@@ -32,7 +34,9 @@ class CountedStore(ObjectStore):
 
     async def get(self, key: str, *, start: int = 0, length: int | None = None) -> StoredObject | None:
         self.requests["get"] += 1
-        return await self._inner.get(key, start=start, length=length)
+        found = await self._inner.get(key, start=start, length=length)
+        self.out_bytes += 0 if found is None else len(found.data)
+        return found
 
     async def head(self, key: str) -> ObjectInfo | None:
         self.requests["head"] += 1

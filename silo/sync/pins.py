@@ -81,6 +81,29 @@ class Keeper:
             )
         return head
 
+    async def find(self, group: str, *, generation: int | None = None, at: float | None = None) -> Head:
+        """A generation that can be read: the newest, the one of a number, or the last one before an instant (POSIX
+        seconds). The newest is the head itself, any other a point's record.
+
+        `InvalidRequestError` when there is none such.
+        """
+        newest = await self.newest(group)
+        if generation in (None, newest.generation) and (at is None or newest.cut_time <= at):
+            return newest
+        points = [point.head for point in await self.points(group)]
+        fitting = [
+            point
+            for point in points
+            if generation in (None, point.generation) and (at is None or point.cut_time <= at)
+        ]
+        if not fitting:
+            known = ", ".join(str(point.generation) for point in points)
+            raise InvalidRequestError(
+                f"group {group} has no such generation that was kept",
+                hint=f"the newest is {newest.generation}; points: {known or 'none'}; see `silo point list`",
+            )
+        return max(fitting, key=lambda point: point.generation)
+
     async def points(self, group: str) -> list[Record]:
         """The kept restore points of a group, the oldest first."""
         return await self._list(group, points_prefix(group))
@@ -128,6 +151,8 @@ class Keeper:
         """
         while True:
             head = await self.newest(group)
+            if head.gc_floor > head.generation:
+                raise UnavailableError(f"group {group} is being deleted", hint="or it was, and that failed")
             if why is Keeping.POINT:
                 key = point_key(group, head.generation)
             else:

@@ -17,21 +17,19 @@ from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
-import attrs
 import numpy as np
 
 from silo.abc import BlockDevice
 from silo.chunkmap import ChunkMap, Residency, runs_of
 from silo.errors import CorruptionError, InvalidRequestError, InvariantError
 from silo.geometry import Geometry
-from silo.sync.codec import Kind, Place
+from silo.sync.codec import Kind
 from silo.sync.head import parse_head
 from silo.sync.layout import head_key
 from silo.sync.manifest import Manifest
-from silo.sync.mappage import Slots
 from silo.sync.reader import StoreReader
-from silo.sync.runs import plan_runs
-from silo.sync.workers import Stored, Workers
+from silo.sync.walk import Job, fetch_job, jobs_of, stored_in
+from silo.sync.workers import Workers
 from silo.tasks import task_group
 
 __all__ = ["Progress", "mark_absent", "open_newest", "restore_volume"]
@@ -73,17 +71,6 @@ def mark_absent(manifest: Manifest, name: str, chunks: ChunkMap, *, device_is_ze
     zero = Residency.ZERO if device_is_zero else Residency.ZERO_UNPUNCHED
     for first, limit, stored in manifest.volume(name).runs():
         chunks.set_residency_run(first, limit, Residency.ABSENT_STORE if stored else zero)
-
-
-@attrs.frozen
-class _Job:
-    """One request and the chunks that it brings."""
-
-    key: str
-    start: int
-    length: int
-    chunks: list[int]
-    slots: Slots
 
 
 async def restore_volume(
@@ -145,7 +132,7 @@ class _Restore:
         """Everything but the flush."""
         self._foreign = [(offset, offset + length) for offset, length in await self._device.data_extents()]
         lanes = self._reader.settings.background_lanes
-        queue: asyncio.Queue[_Job | None] = asyncio.Queue(lanes)
+        queue: asyncio.Queue[Job | None] = asyncio.Queue(lanes)
         async with task_group() as tasks:
             for _ in range(lanes):
                 tasks.create_task(self._work(queue))
@@ -155,7 +142,7 @@ class _Restore:
             for _ in range(lanes):
                 await queue.put(None)
 
-    async def _plan(self) -> AsyncGenerator[_Job, None]:
+    async def _plan(self) -> AsyncGenerator[Job, None]:
         """The requests, page by page of the map; zero runs are dealt with on the way."""
         settings = self._reader.settings
         for page in range(self._map.page_total):
@@ -171,43 +158,23 @@ class _Restore:
                 raise InvalidRequestError(f"volume {self._name} needs its base image {base}")
             for low, high in runs_of(np.flatnonzero(kinds == Kind.ZERO)):
                 await self._write_zeros(first + low, first + high)
-            paid = np.flatnonzero(kinds != Kind.ZERO)
-            segments = page_slots["segment"][paid]
-            for segment in np.unique(segments):
-                chosen = paid[segments == segment]
-                slots = page_slots[chosen]
-                spans = zip(slots["offset"].tolist(), slots["length"].tolist(), strict=True)
-                for run in plan_runs(spans, gap=settings.run_gap, size=settings.run_size):
-                    members = list(run.members)
-                    chunks = (chosen[members] + first).tolist()
-                    key = self._map.key(int(segment))
-                    yield _Job(key, run.start, run.size, chunks, slots[members])
+            for job in jobs_of(self._map, first, page_slots, stored_in(page_slots), settings):
+                yield job
 
-    async def _work(self, queue: asyncio.Queue[_Job | None]) -> None:
+    async def _work(self, queue: asyncio.Queue[Job | None]) -> None:
         while (job := await queue.get()) is not None:
             try:
                 await self._restore_run(job)
             except CorruptionError:
                 await self._restore_run(job)  # damaged on its way, perhaps; a second time it is an error
 
-    async def _restore_run(self, job: _Job) -> None:
-        payload = await self._reader.read(job.key, job.start, job.length, demand=True)
-        if payload is None:
-            raise CorruptionError(f"{job.key} is missing from the store")
-        view = memoryview(payload)
-        batch = []
-        for chunk, slot in zip(job.chunks, job.slots, strict=True):
-            start = int(slot["offset"]) - job.start
-            length = self._geometry.extent_of(chunk)[1]
-            place = Place(job.key, self._name, chunk)
-            part = view[start : start + int(slot["length"])]
-            batch.append(Stored(int(slot["kind"]), part, length, slot["digest"].tobytes(), place))
-        contents = await self._workers.decode(batch)
+    async def _restore_run(self, job: Job) -> None:
+        contents = await fetch_job(job, self._reader, self._workers, self._name, self._geometry)
         for chunk, content in zip(job.chunks, contents, strict=True):
             if isinstance(content, CorruptionError):
                 raise CorruptionError(f"chunk {chunk} of {self._name} in {job.key}: {content.message}")
             await self._device.write(self._geometry.extent_of(chunk)[0], content)
-        self._advance(sum(stored.length for stored in batch))
+        self._advance(sum(self._geometry.extent_of(chunk)[1] for chunk in job.chunks))
 
     async def _write_zeros(self, first: int, limit: int) -> None:
         start = first << self._geometry.chunk_shift

@@ -32,12 +32,16 @@ FETCH = FetchSettings(patience_s=10.0, retry=RETRY)
 
 
 def make_group(
-    clock: Clock, sizes: Mapping[str, int] | None = None, *, copies: CopyLimits | None = None
+    clock: Clock,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    name: str = "vm1",
+    copies: CopyLimits | None = None,
 ) -> Group:
     """A group of memory devices, all zeros and clean, in chunks of 4 KiB."""
-    group = Group("vm1", clock, copies=copies)
-    for name, size in (sizes or {"disk": 64 * CHUNK}).items():
-        group.add(name, MemoryDevice(size), Geometry(size, chunk_size=CHUNK))
+    group = Group(name, clock, copies=copies)
+    for volume, size in (sizes or {"disk": 64 * CHUNK}).items():
+        group.add(volume, MemoryDevice(size), Geometry(size, chunk_size=CHUNK))
     return group
 
 

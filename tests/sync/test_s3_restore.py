@@ -13,7 +13,12 @@ import attrs
 import pytest
 
 from silo.clock import SystemClock
+from silo.sync.caretaker import Caretaker
+from silo.sync.head import Keeping
+from silo.sync.pins import Keeper
+from silo.sync.reader import StoreReader
 from silo.sync.s3_location import S3Credentials
+from silo.sync.settings import CollectorSettings
 from silo.sync.store_url import open_store
 from tests.support.s3 import S3Server, moto_server
 from tests.support.source import ROOT
@@ -75,6 +80,49 @@ async def test_a_script_restores_what_was_stored(
         environment = {"PATH": os.environ["PATH"], "AWS_DEFAULT_REGION": "us-east-1"} | server.environment()
         subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=50)
         assert path.read_bytes() == content
+
+
+async def test_the_example_restores_what_was_stored(
+    server: S3Server, clock: SystemClock, tmp_path: Path
+) -> None:
+    """With minio-py, in a bucket with versions: the newest generation, and a point whose rest was collected."""
+    bucket = server.make_bucket("minio")
+    versions = {"Status": "Enabled"}
+    server.boto_client("s3").put_bucket_versioning(Bucket=bucket, VersioningConfiguration=versions)
+    credentials = S3Credentials(server.access_key_id, server.secret_access_key)
+    store = open_store(server.url(bucket, "deep/prefix"), clock, credentials=credentials)
+    reader = StoreReader(store, clock)
+    settings = attrs.evolve(SETTINGS, checkpoint_segments=1, collector=CollectorSettings(grace_s=0))
+    group = make_group(clock, {"disk": 3000 * CHUNK})
+    images = {}
+    async with syncing(store, clock, group=group, settings=settings) as it:
+        caretaker = Caretaker(it.group, it.syncer, store, reader, clock)
+        for round_ in range(4):
+            for chunk in range(40):
+                await it.write(chunk, clock.token(CHUNK))
+            await it.write(2000 + round_, b"text %d" % round_)
+            await it.syncer.sync_now()
+            if round_ == 0:
+                await caretaker.fold(hurry=True)
+                point = await Keeper(store, reader, clock).keep_newest("vm1", Keeping.POINT)
+                images[str(point.head.generation)] = it.image()["disk"]
+            await caretaker.collect(hurry=True)
+        await caretaker.fold(hurry=True)
+        assert (await caretaker.collect(hurry=True)).deleted_objects > 0
+        images[""] = it.image()["disk"]
+    await store.aclose()
+    for generation, content in images.items():
+        path = tmp_path / f"disk-{generation}"
+        script = str(ROOT / "examples" / "restore_with_minio.py")
+        where = [server.endpoint, bucket, "vm1", "disk", str(path), "deep/prefix", generation]
+        environment = {"PATH": os.environ["PATH"]} | server.environment()
+        subprocess.run(
+            [sys.executable, script, *where], check=True, env=environment, cwd=tmp_path, timeout=50
+        )
+        assert path.read_bytes() == content
+    text = (ROOT / "examples" / "restore_with_minio.py").read_text()
+    assert "import silo" not in text
+    assert "from silo" not in text
 
 
 def test_the_script_is_short_and_independent() -> None:
