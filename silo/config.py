@@ -54,7 +54,7 @@ from silo.settings import parse_duration, parse_rate, parse_size
 from silo.sync.cost import PriceTable
 from silo.sync.lease import check_lease
 from silo.sync.retention import RetentionPolicy
-from silo.sync.settings import CollectorSettings
+from silo.sync.settings import CollectorSettings, SyncSettings
 
 __all__ = [
     "CollectorConfig",
@@ -268,6 +268,18 @@ class ServeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What a flush of a group's guest makes durable."""
         own = self.groups[group].flush if group in self.groups else None
         return own or self.flush
+
+    @property
+    def sync_settings(self) -> SyncSettings:
+        """As the library takes them."""
+        return SyncSettings(
+            rpo_s=self.sync.interval_s,
+            rate_bps=self.sync.bandwidth_bps,
+            throttle=self.sync.throttle,
+            lease_s=self.sync.lease_s,
+            collector=self.collector.settings,
+            points=self.points.policy,
+        )
 
     def listen_urls(self, group: str) -> list[str]:
         """Where a group is exported: its own addresses, else the common pattern."""

@@ -295,15 +295,7 @@ class _Daemon:
         return self._tls if url.startswith("tcp:") else None
 
     def _sync_settings(self) -> SyncSettings:
-        sync = self._config.sync
-        return SyncSettings(
-            rpo_s=sync.interval_s,
-            rate_bps=sync.bandwidth_bps,
-            throttle=sync.throttle,
-            lease_s=sync.lease_s,
-            collector=self._config.collector.settings,
-            points=self._config.points.policy,
-        )
+        return self._config.sync_settings
 
     def _workload(self, settings: GroupConfig | None) -> CommandWorkload | None:
         chosen = settings.workload if settings is not None and settings.workload else self._config.workload
