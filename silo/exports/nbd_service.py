@@ -79,6 +79,8 @@ class NbdService:
     ) -> None:
         self._volume = volume
         self._flush = flush or volume.flush
+        self._flushes_here = self._flush == volume.flush
+        """A flush that must reach the store, too, is never over at once."""
         self._gate = volume.gate
         self._size = volume.geometry.size
         self._states = volume.chunks.states
@@ -196,7 +198,7 @@ class NbdService:
 
     def _flush_nowait(self, cookie: int, offset: int, out: list[Buffer], misses: list[Request]) -> None:
         """Flush at once, which devices in memory can, or later: what was carried out before is covered either way."""
-        if self._volume.flush_nowait():
+        if self._flushes_here and self._volume.flush_nowait():
             out.append(self._replies.done(cookie, offset))
         else:
             misses.append((_FLUSH, 0, cookie, offset, 0, None))

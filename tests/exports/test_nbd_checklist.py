@@ -11,6 +11,7 @@ HOMES = {
     "tools": "tests/interop/test_nbd_tools.py",
     "extended": "tests/interop/test_nbd_extended.py",
     "hostile": "tests/interop/test_nbd_hostile.py",
+    "maps": "tests/interop/test_nbd_maps.py",
     "others": "tests/interop/test_nbd_client_others.py",
     "import_kill": "tests/crash/test_import_kill.py",
     "importing": "tests/test_importing.py",
