@@ -174,13 +174,7 @@ def serve(
         tls_any_name=tls_any_name,
         insecure_peer=insecure_peer,
         incoming=incoming,
-        nbd={
-            "certificate": nbd_certificate,
-            "key": nbd_key,
-            "tls": nbd_tls,
-            "client_ca": nbd_client_ca,
-            "client_certificates": nbd_client_certificates,
-        },
+        nbd=_nbd(nbd_certificate, nbd_key, nbd_tls, nbd_client_ca, nbd_client_certificates),
     )
     from silo.daemon import serve_until_told
 
@@ -191,6 +185,11 @@ def serve(
             console.print(text, markup=False)
 
     run_loop(serve_until_told(merged, say, host_is_dead=host_is_dead, after_lease=after_lease))
+
+
+def _nbd(*values: str | None) -> dict[str, str | None]:
+    """The settings of NBD under the names that they have in the file."""
+    return dict(zip(("certificate", "key", "tls", "client_ca", "client_certificates"), values, strict=True))
 
 
 def run_loop(work: Coroutine[Any, Any, None]) -> None:

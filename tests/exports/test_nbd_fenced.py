@@ -27,6 +27,9 @@ class HeldDevice(MemoryDevice):
         self.flushing = asyncio.Event()
         self.go = asyncio.Event()
 
+    def flush_nowait(self) -> bool:
+        return False
+
     async def flush(self) -> None:
         self.flushing.set()
         await self.go.wait()
