@@ -337,6 +337,10 @@ class HostedGroup:
                 except MigrationAborted as error:
                     follow.cancel()
                     self._settle("not arrived", error)
+                except FencedError as error:
+                    follow.cancel()
+                    self._settle("fenced", error)
+                    logger.warning("%s", error)
                 except SiloError as error:
                     # It is ours, and nothing is missing: a record is left, which the next start finds.
                     logger.warning("group %s: its migration did not end in order: %s", self.name, error)

@@ -21,7 +21,7 @@ import attrs
 
 from silo.abc import Buffer, ChunkSource, Clock, ObjectStore
 from silo.chunkmap import RESIDENCY_MASK, ChunkMap, Indices, Residency, runs_of
-from silo.errors import FencedError, InvariantError, UnavailableError
+from silo.errors import FencedError, InvariantError, SiloError, UnavailableError
 from silo.group import Group
 from silo.p2p.terms import Standing, Terms, Verdict
 from silo.sync.caretaker import Caretaker
@@ -393,6 +393,14 @@ class StoreLink:
         if self._early is not None and self._early.head.generation == head.generation:
             self._source.is_current.set()
         return head.epoch
+
+    async def may_have_won(self, terms: Terms) -> bool:
+        """Target: whether the owner that the head names came after anybody but the source."""
+        try:
+            head = await self.register.read()
+        except SiloError:
+            return True
+        return head is None or head.claim is None or head.claim.previous_epoch != terms.epoch
 
     async def reclaim(self, terms: Terms, nonce: str) -> Verdict:
         """Source: have the group back, unless somebody has claimed it."""

@@ -231,3 +231,29 @@ async def test_a_commit_of_the_new_owner_says_that_everything_has_arrived() -> N
         assert not await source.has_committed(terms(target, "another migration"))
         await target.close(drain=False)
         await source.close(drain=False)
+
+
+@pytest.mark.parametrize("won", [False, True])
+async def test_a_target_that_lost_the_group_knows_whether_it_may_have_had_it(won: bool) -> None:
+    """What its guest may have written is kept; what only was on its way is not."""
+    scene = Scene()
+    source, target, third = await scene.link(), await scene.link(), await scene.link()
+    try:
+        await source.claim_opening(Expectation.opening(), [INFO])
+        offered = terms(source)
+        if won:
+            await target.claim(offered)
+        await third.claim_opening(Expectation.force(), [INFO])
+        again = await scene.link()
+        try:
+            with pytest.raises(FencedError):
+                await again.claim(offered)
+            assert await again.may_have_won(offered) is won
+            scene.store.offline = True
+            assert await again.may_have_won(offered), "in doubt it may"
+            scene.store.offline = False
+        finally:
+            await again.close(drain=False)
+    finally:
+        for link in (source, target, third):
+            await link.close(drain=False)

@@ -97,6 +97,8 @@ class TargetState(enum.Enum):
     DISCARDING = "discarding"
     DISCARDED = "discarded"
     """Final: there never was a migration."""
+    FENCED = "fenced"
+    """Final: somebody has taken the group away, perhaps after its guest ran here. What is here is kept, unserved."""
 
 
 class Mark(enum.Enum):
@@ -258,6 +260,7 @@ TARGET: Final = Table(
         T.FINISHED: (F.DROP_HANDOVER,),
         T.DISCARDING: (F.DROP_HANDOVER,),
         T.DISCARDED: (F.SEND_DECLINED,),
+        T.FENCED: (F.FAIL_GATE,),
     },
     steps={
         (T.RECEIVING, V.HANDOVER): T.RECORDING,
@@ -269,7 +272,7 @@ TARGET: Final = Table(
         (T.RECORDING, V.WITHDRAW): T.RECORDING,
         (T.CLAIMING, V.WON): T.RESUMING,
         (T.CLAIMING, V.LOST): T.DISCARDING,
-        (T.CLAIMING, V.FENCED): T.DISCARDING,
+        (T.CLAIMING, V.FENCED): T.FENCED,
         (T.CLAIMING, V.HANDOVER): T.CLAIMING,
         (T.CLAIMING, V.WITHDRAW): T.CLAIMING,
         (T.RESUMING, V.DONE): T.RUNNING,
@@ -298,7 +301,7 @@ TARGET: Final = Table(
     },
     start=T.RECEIVING,
     restart={Mark.HANDED: T.CLAIMING, Mark.EVACUATED: T.EVACUATED},
-    final=frozenset({T.FINISHED, T.DISCARDED}),
+    final=frozenset({T.FINISHED, T.DISCARDED, T.FENCED}),
 )
 
 

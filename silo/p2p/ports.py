@@ -63,6 +63,11 @@ class Ownership(Protocol):
         `CorruptionError` when head shows a generation that the terms do not name.
         """
 
+    async def may_have_won(self, terms: Terms) -> bool:
+        """Target, when a `claim` was refused: whether an earlier one under the same terms may have been won, by a process
+        that died. Asks once, and is true when in doubt.
+        """
+
     async def reclaim(self, terms: Terms, nonce: str) -> Verdict:
         """Source: become the owner again, with an epoch above that of the terms, under our own ``nonce``.
 

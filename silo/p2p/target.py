@@ -11,7 +11,7 @@ one; without it there never was a migration.
 
 from __future__ import annotations
 
-from silo.errors import InvalidRequestError, InvariantError, MigrationAborted, MigrationError
+from silo.errors import FencedError, InvalidRequestError, InvariantError, MigrationAborted, MigrationError
 from silo.events import MigrationReport, Outcome, Phase
 from silo.group import Group
 from silo.p2p.driver import Driver
@@ -151,6 +151,7 @@ class TargetMigration:
         """Take the group in. Returns when the source has understood that it is not needed any more, which may be
         never; `wait_evacuated` says when it does not matter.
 
+        `FencedError` when somebody else has taken the group since it came here: then everything is kept.
         `MigrationAborted` when nothing came of it. Cancelled before the handover was recorded there is no trace
         of it; cancelled later, the record stays on disk, for `restore`.
         """
@@ -164,6 +165,11 @@ class TargetMigration:
         self._watch.enter(Phase.ENDED, self._driver.reason)
         if self.state is TargetState.DISCARDED:
             raise self._aborted()
+        if self.state is TargetState.FENCED:
+            raise FencedError(
+                f"group {self.group.name} was taken away from this host after it had come here",
+                hint="what is here is kept; nothing serves it any more",
+            )
         return self.report
 
     def _aborted(self) -> MigrationError:

@@ -93,6 +93,7 @@ class TargetEffects:
             Effect.SEND_EVACUATED: self.send_evacuated,
             Effect.DROP_HANDOVER: self.drop_handover,
             Effect.SEND_DECLINED: self.send_declined,
+            Effect.FAIL_GATE: self.fail_gate,
         }
 
     def standing(self) -> list[Message]:
@@ -202,8 +203,15 @@ class TargetEffects:
             self.epoch = await ownership.claim(self._handover.terms)
         except (FencedError, CorruptionError) as error:
             self._p.driver.error = error
-            return Event.FENCED
+            # Only an earlier process can have won, and have let the guest run here (safety rule 2).
+            was_here = self._p.offer is None and await ownership.may_have_won(self._handover.terms)
+            return Event.FENCED if was_here else Event.LOST
         return Event.WON
+
+    async def fail_gate(self) -> None:
+        """Nobody reads what another host's history has overtaken. The record stays, and with it what is here."""
+        group = self._p.group
+        group.gate.fail(FencedError(f"group {group.name} was taken away from this host"))
 
     async def open_gate(self) -> None:
         """Reads and writes go on here. What only the source has is demanded from it."""

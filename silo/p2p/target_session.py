@@ -65,7 +65,7 @@ from silo.tasks import task_group
 
 __all__ = ["TargetSession"]
 
-_GONE = frozenset({TargetState.DISCARDING, TargetState.DISCARDED})
+_GONE = frozenset({TargetState.DISCARDING, TargetState.DISCARDED, TargetState.FENCED})
 _AT_WORK = frozenset({TargetState.RECORDING, TargetState.CLAIMING, TargetState.RESUMING})
 """States in which the guest runs nowhere."""
 _OURS = frozenset({TargetState.RESUMING, TargetState.RUNNING})

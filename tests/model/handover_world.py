@@ -98,6 +98,8 @@ class World(NamedTuple):
     target_map: Map = Map.STALE
     source_won: bool = False
     """The source has won an epoch since it sent the handover."""
+    target_won: bool = False
+    """The target has won the group once."""
     target_withdrew: bool = False
     """The target has said that it will never claim."""
 
@@ -284,9 +286,11 @@ def _claim(world: World, rules: Rules, side: str) -> dict[Event | None, World]:
         return {V.WON: world._replace(owner=Owner.TARGET)}
     compared = not rules.claim_compares_epoch
     if world.owner in (Owner.SOURCE, Owner.TARGET) or (compared and world.owner is Owner.SOURCE_AGAIN):
-        won = world._replace(owner=Owner.TARGET)
+        won = world._replace(owner=Owner.TARGET, target_won=True)
         return {V.WON: won, None: won}
-    return {V.FENCED: world, None: world}
+    if world.target_won:
+        return {V.FENCED: world, None: world}
+    return {V.LOST: world, V.FENCED: world, None: world}  # when in doubt it counts as won
 
 
 def _pull(world: World, rules: Rules, side: str) -> dict[Event | None, World]:

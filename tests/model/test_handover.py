@@ -58,6 +58,12 @@ def check(world: World, rules: Rules) -> str | None:
         "the source is released too early": source.state is not S.RELEASED or world.u is U.DURABLE,
         "the source forgets what it may still have to serve": source.mark is not Mark.RELEASED
         or world.u is U.DURABLE,
+        "the target forgets what its guest may have written": not (
+            rules.register and world.target_won and target.state in (T.DISCARDING, T.DISCARDED)
+        ),
+        "the target serves what was taken away": not (
+            target.state is T.FENCED and target.step and target.gate
+        ),
         "the target claims after it declined": not (
             world.target_withdrew and world.owner is Owner.TARGET and not _has_ended(world)
         ),
@@ -105,7 +111,9 @@ def test_no_world_breaks_a_promise(register):
     assert {hole for world in worlds for hole in unruled(world, Rules(register=register))} == set()
     reached = {world.source.state for world in worlds} | {world.target.state for world in worlds}
     unreachable = {*S, *T} - reached
-    assert unreachable == (set() if register else {S.FENCED}), "a state that nothing leads to is dead code"
+    assert unreachable == (set() if register else {S.FENCED, T.FENCED}), (
+        "a state that nothing leads to is dead code"
+    )
 
 
 @pytest.mark.parametrize("register", [True, False])
@@ -138,7 +146,7 @@ def dead_end(rules: Rules) -> World | None:
 def _has_stayed(world: World) -> bool:
     source, target = world.source, world.target
     runs = source.state is S.ABORTED and source.guest and source.gate and not (source.held or source.mark)
-    return runs and target.up and target.state in (T.DISCARDED, None) and not target.guest
+    return runs and target.up and target.state in (T.DISCARDED, T.FENCED, None) and not target.guest
 
 
 def _has_moved(world: World) -> bool:
@@ -231,6 +239,9 @@ MUTATIONS: dict[str, Callable[[Rules], Rules]] = {
         target=with_duties(rules.target, T.RUNNING, F.SEND_TAKEN, F.PULL)
     ),
     "a restarted target does not look for its handover": lambda rules: rules._replace(target_reads_mark=False),
+    "a target that was fenced forgets what it has": lambda rules: rules._replace(
+        target=with_step(rules.target, T.CLAIMING, V.FENCED, T.DISCARDING)
+    ),
     "a withdrawn target claims all the same": lambda rules: rules._replace(
         target=with_step(
             with_duties(rules.target, T.DISCARDING, F.SEND_DECLINED, F.DROP_HANDOVER),
@@ -256,7 +267,12 @@ IDLE = {
     # Waiting for something that the model lets happen by itself.
     *((S.COPYING, F.COPY), (S.OFFERED, F.AWAIT_ANSWER), (S.SERVING, F.SERVE), (T.RECEIVING, F.INSTALL)),
     # Courtesies: the other side would find out in another way, or later.
-    *((S.ABORTED, F.SEND_WITHDRAW), (T.RUNNING, F.SEND_TAKEN), (S.FENCED, F.FAIL_GATE)),
+    *(
+        (S.ABORTED, F.SEND_WITHDRAW),
+        (T.RUNNING, F.SEND_TAKEN),
+        (S.FENCED, F.FAIL_GATE),
+        (T.FENCED, F.FAIL_GATE),
+    ),
     # Savings: without the record a restarted target would go through the evacuation once more.
     (T.EVACUATING, F.WRITE_EVACUATED),
     # Belt and braces: a restarted process commits nothing before it has reclaimed.

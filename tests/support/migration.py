@@ -191,6 +191,9 @@ class Link(ChunkSource):
         await self.store.request()
         return self.store.nonce == terms.nonce and self.store.generation > max(terms.generations)
 
+    async def may_have_won(self, terms: Terms) -> bool:
+        return self.store.epoch != terms.epoch + 1
+
     async def reclaim(self, terms: Terms, nonce: str) -> Verdict:
         while True:
             with contextlib.suppress(UnavailableError):
