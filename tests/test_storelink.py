@@ -9,7 +9,7 @@ import pytest
 from silo.chunkmap import ChunkMap, Residency
 from silo.clock import SystemClock
 from silo.devices.memory import MemoryDevice
-from silo.errors import InvalidRequestError, InvariantError, UnavailableError
+from silo.errors import FencedError, InvalidRequestError, InvariantError, UnavailableError
 from silo.geometry import BLOCK_SIZE_DEFAULT, CHUNK_SIZE_DEFAULT
 from silo.group import Group
 from silo.p2p.terms import Terms, Verdict

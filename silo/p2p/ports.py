@@ -64,8 +64,8 @@ class Ownership(Protocol):
         """
 
     async def may_have_won(self, terms: Terms) -> bool:
-        """Target, when a `claim` was refused: whether an earlier one under the same terms may have been won, by a process
-        that died. Asks once, and is true when in doubt.
+        """Target, when a `claim` was refused: whether an earlier one under the same terms may have been won, by a
+        process that died. Asks once, and is true when in doubt.
         """
 
     async def reclaim(self, terms: Terms, nonce: str) -> Verdict:
