@@ -52,7 +52,7 @@ class EventLog:
         """Take an event, as ``silo.p2p.ports.Emit``. The one that says that it has ended is kept back until `end`,
         because a migration may yet go on to the store."""
         if isinstance(event, PhaseEntered) and event.phase is Phase.ENDED:
-            self._last = event
+            self._last, self.phase = event, event.phase  # there is nothing left that could be aborted
             return
         self._keep(event)
         self._observers.emit(event)
