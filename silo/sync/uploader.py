@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 import attrs
 import numpy as np
@@ -108,9 +107,6 @@ class CutUpload:
         self._tasks = tasks
         self._pipeline: deque[asyncio.Task[_Batch]] = deque()
         self._zeros: dict[str, list[int]] = {name: [] for name in cut.volumes}
-        self._hashing = asyncio.Lock()
-        self._is_noise = False
-        """Nothing of the last batch could be compressed."""
         self._builder = self._new_builder()
         self._room = shared.settings.segment_size
         """How large the segment that is being packed may become. One entry always fits."""
@@ -168,9 +164,7 @@ class CutUpload:
         known: list[bytes | None],
         lease: Lease,
     ) -> _Batch:
-        # One thread hashes faster than stores take it. A second one only wakes the others up, unless it compresses.
-        async with self._hashing if self._is_noise else nullcontext():
-            return _Batch(volume, chunks, await self._shared.workers.encode(contents, known), lease)
+        return _Batch(volume, chunks, await self._shared.workers.encode(contents, known), lease)
 
     async def _pack(self, batch: _Batch) -> None:
         zeros = self._zeros[batch.volume]
@@ -190,8 +184,6 @@ class CutUpload:
                     batch.lease.hold()
                     self._leases.append(batch.lease)
         batch.lease.drop()
-        kinds = [encoded.kind for encoded in batch.encoded if encoded is not None]
-        self._is_noise = Kind.ZSTD not in kinds and Kind.RAW in kinds
 
     async def _pack_zeros(self, part: Taken) -> None:
         written: Indices = np.array(sorted(self._zeros[part.name]), dtype=np.int64)
