@@ -16,7 +16,22 @@ from tests.support.daemons import Daemon
 
 MIB = 1 << 20
 SIZE = 4 * MIB
-COMMANDS = ("serve", "status", "heat", "migrate", "sync", "restore", "import", "demo", "certs")
+COMMANDS = (
+    "serve",
+    "status",
+    "heat",
+    "migrate",
+    "sync",
+    "restore",
+    "verify",
+    "fork",
+    "delete",
+    "gc",
+    "cost",
+    "import",
+    "demo",
+    "certs",
+)
 TIMEOUT_S = 40.0
 """Many times what the slowest of them takes on a busy machine."""
 
