@@ -45,15 +45,16 @@ def test_the_port_has_no_other_verbs() -> None:
     public = [
         name for name, _ in inspect.getmembers(BlockDevice, inspect.isfunction) if not name.startswith("_")
     ]
-    assert sorted(public) == sorted([*VERBS, "copy_nowait"])
+    assert sorted(public) == sorted([*VERBS, "copy_nowait", "flush_nowait"])
 
 
 async def test_what_the_port_derives_goes_through_the_layer() -> None:
-    """`BlockDevice.copy_nowait` is made of a verb, so that no layer can forget it."""
+    """`copy_nowait` is made of a verb, and `flush_nowait` declines, so that no layer can forget them."""
     device = FaultyDevice(MemoryDevice(1 << 20))
     device.fail(Verb.READ)
     with pytest.raises(SiloError):
         device.copy_nowait(0, memoryview(bytearray(512)))
+    assert not device.flush_nowait()
     await device.aclose()
 
 
