@@ -23,7 +23,7 @@ def _flag(help_text: str) -> Any:
 
 
 Config = Annotated[
-    Path | None, typer.Argument(help="A TOML file; every flag can be said there.", show_default=False)
+    Path | None, typer.Argument(help="A TOML file; it can say more than the flags.", show_default=False)
 ]
 GroupName = Annotated[str | None, _flag("Open this group. Without any group, wait for one to arrive.")]
 Volumes = Annotated[

@@ -190,7 +190,9 @@ def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what could be deleted.")] = False,
     grace: Annotated[
         str | None,
-        typer.Option(help="Delete also what is dead for no longer than this. Default: as configured."),
+        typer.Option(
+            help="Leave alone what has been dead for less than this. Default: as configured; with --store, 0s."
+        ),
     ] = None,
     encryption_key_file: KeyFile = "",
     encryption_key_command: KeyCommand = "",
