@@ -26,6 +26,7 @@ from silo.hosted import HostedGroup
 from silo.opening import NO_INCARNATION, VolumeSpec, owners_of, remember
 from silo.p2p.reception import IncomingOffer
 from silo.records import Identity, VolumeGeometry
+from silo.resuming import RESUME_RECORD
 from silo.statedir import GroupState
 from silo.storelink import StoreLink, without_secrets
 from silo.sync.claim import Owner, owner_of
@@ -154,7 +155,8 @@ async def prepare_arrival(
 
 
 async def _forget_earlier(state: GroupState, link: StoreLink | None) -> None:
-    if names := await state.record_names():
+    # The record of a resumption that was never finished here says nothing: the source owns the group now.
+    if names := [name for name in await state.record_names() if name != RESUME_RECORD]:
         raise InvalidRequestError(
             f"group {state.name} has an unfinished migration here ({', '.join(names)})",
             hint="open the group here to let it finish",

@@ -165,7 +165,10 @@ class _Daemon:
         """A hibernated group is not opened by a start, because it may be about to wake somewhere else; but a
         resumption that was begun here is brought to its end."""
         if await self._host.is_waking(name):
-            await self._resume(name, host_is_dead=False)
+            try:
+                await self._resume(name, host_is_dead=False)
+            except SiloError as error:  # whatever became of it, the other groups are to be served
+                logger.error("group %s was not woken: %s", name, error)
             return True
         if not self._config.store:
             return False

@@ -244,6 +244,12 @@ class HostedGroup:
         return self.move
 
     def _check_may_leave(self) -> None:
+        if self.link is None and self._arriving is not None and not self._arriving.done():
+            # Without a store only our record keeps the former host from taking itself for the owner again.
+            raise InvalidRequestError(
+                f"group {self.name} cannot move now: the host that it came from has not heard yet that it arrived",
+                hint="start that host, or open the group with a store",
+            )
         if self.phase != "running":
             why = f"it is {self.phase}"
             if self.phase == "running, not evacuated":

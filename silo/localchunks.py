@@ -120,6 +120,9 @@ class LocalChunks:
         self._marks = SYNC_DIRTY
         self._locks = ChunkLocks(self.chunks)
         self._checkpoint_due = True  # nobody knows what the process before us still owed
+        self.keeps_map = True
+        """Flushes make the map durable, too. Not while a group arrives: what was pushed may still be taken back, and
+        a map that forgets the taking back must not come back after a power loss."""
         self._unpunched = set(self.chunks.windows_with(RESIDENCY_MASK, ZERO_UNPUNCHED))
         """Windows of the map that may have chunks to punch."""
         self._flush_started = 0
@@ -346,7 +349,8 @@ class LocalChunks:
     async def _flush_now(self) -> None:
         # Without a durable map the device itself must be zero where the guest has zeroed.
         await self.punch(PUNCHES_PER_FLUSH if self._keeper is not None else None)
-        due, self._checkpoint_due = self._checkpoint_due, False
+        due = self._checkpoint_due and self.keeps_map
+        self._checkpoint_due &= not due
         try:
             snapshot = bytes(self._states) if due and self._keeper is not None else None
             await self.device.flush()

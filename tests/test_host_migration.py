@@ -16,6 +16,7 @@ from silo.events import Phase, PhaseEntered
 from silo.hooks.inprocess import CallbackWorkload
 from silo.hosted import HostedGroup
 from silo.p2p.settings import MigrationSettings
+from silo.p2p.source_effects import SourceEffects
 from silo.sync.memory_store import MemoryStore
 
 MIB = 1 << 20
@@ -251,3 +252,43 @@ async def test_hooks_have_as_long_as_the_host_is_told(tmp_path: Path) -> None:
                 async with group.migrate(f"unix:{tmp_path}/b.sock") as migration:
                     await migration.wait_released()
         assert group.phase == "running"
+
+
+async def test_without_a_store_a_group_waits_until_its_former_host_has_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else that host, back from the dead, could be told that nobody knows of the migration, and run the guest again."""
+    heard = asyncio.Event()
+    write = SourceEffects.write_released
+
+    async def late(effects: SourceEffects) -> None:
+        await heard.wait()
+        await write(effects)
+
+    monkeypatch.setattr(SourceEffects, "write_released", late)
+    async with hosts(tmp_path, "a", "b") as (a, b), asyncio.TaskGroup() as tasks:
+        group = await a.open_group("vm1", {"disk": MemoryDevice(SIZE)})
+        await group.volumes["disk"].write(0, CONTENT)
+        arriving = tasks.create_task(take_in(b, None))
+        async with group.migrate(f"unix:{tmp_path}/b.sock") as migration:
+            arrived = await arriving
+            await arrived.wait_hydrated()
+            while arrived.phase != "running":
+                await asyncio.sleep(0)
+            with pytest.raises(InvalidRequestError, match="has not heard yet"):
+                arrived.migrate(f"unix:{tmp_path}/a.sock")
+            heard.set()
+            await migration.wait_released()
+        back = await move_when_it_may(arrived, a, f"unix:{tmp_path}/a.sock")
+        assert bytes(await back.volumes["disk"].read(0, len(CONTENT))) == CONTENT
+
+
+async def move_when_it_may(group: HostedGroup, host: Host, path: str) -> HostedGroup:
+    """As `move`, once the former host's last word has arrived."""
+    while True:
+        try:
+            group._check_may_leave()
+        except InvalidRequestError:
+            await asyncio.sleep(0.01)
+        else:
+            return await move(group, host, None, path)

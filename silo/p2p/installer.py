@@ -63,13 +63,15 @@ class Installer:
     async def start_empty(self) -> None:
         """Whatever the devices hold is not of this migration: every chunk is absent, durably.
 
-        Otherwise a power loss after the handover could bring back what was there before.
+        Otherwise a power loss after the handover could bring back what was there before. From here on until `settle`
+        no map is made durable: after a power loss in between, everything is absent, and comes again.
         """
         for volume in self.volumes:
             counts = volume.chunks.count_residency()
             if sum(counts.values()) > counts[Residency.ABSENT_STORE] + counts[Residency.ABSENT_PEER]:
                 await volume.invalidate(0, volume.chunks.count, Residency.ABSENT_STORE)
                 await volume.checkpoint()
+            volume.keeps_map = False
 
     # ---- rounds -----------------------------------------------------------------------------------------
 
@@ -206,6 +208,8 @@ class Installer:
                 chunks.mark_many(unsynced, SYNC_DIRTY)
                 covered = limit
             _set_absent(chunks, covered, chunks.count, Residency.ABSENT_STORE)
+        for volume in self.volumes:
+            volume.keeps_map = True
         self.is_final = True
         self._invalid = []
         self._changed.notify()

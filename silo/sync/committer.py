@@ -153,7 +153,8 @@ class Committer:
         except BaseException:
             round_.give_back()
             raise
-        self._pending.carry_over()
+        if error := self._keep():
+            raise error
 
     def _heats(self) -> dict[str, HeatMap]:
         return {name: volume.heat for name, volume in self._group.volumes.items()}
@@ -214,8 +215,18 @@ class Committer:
         self._pending.clear()
 
     def abandoned(self) -> None:
-        """The cut will not be committed: keep what is stored for the next one."""
-        self._pending.carry_over()
+        """The cut will not be committed: keep what is stored for the next one, if there is room to remember it."""
+        self._keep()
+
+    def _keep(self) -> SiloError | None:
+        """Remember what is stored and not committed; or, when that cannot be, forget all of it, and say why."""
+        try:
+            self._pending.carry_over()
+        except SiloError as error:
+            # Half of a map is worse than none: what it lacks would be compared with an older one.
+            self.forget()
+            return error
+        return None
 
     def _following(self, cut: Cut, checkpoint: Checkpoint | None) -> Head | None:
         head = self._register.head

@@ -165,7 +165,8 @@ class Scene:
             stdout=asyncio.subprocess.DEVNULL,
         )  # fmt: skip
         assert await restore.wait() == 0
-        assert restored.read_bytes() == self.guest.model
+        is_stored = restored.read_bytes() == self.guest.model
+        assert is_stored, "what was stored is not what was written"
 
 
 def configure(path: Path, name: str, store: str, hooks: dict[str, str], **keys: Any) -> str:

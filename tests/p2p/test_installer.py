@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from silo.chunkmap import SYNC_DIRTY, Residency
+from silo.checkpoint import kept_of
+from silo.chunkmap import SYNC_DIRTY, ChunkMap, Residency
 from silo.clock import SystemClock
 from silo.devices.memory import MemoryDevice
 from silo.errors import RemoteProtocolError
+from silo.geometry import Geometry
+from silo.group import Group
 from silo.p2p.handover import Mark
 from silo.p2p.installer import Installer
 from silo.p2p.messages import FINAL_ROUND, Heat, Invalidate, VolumeOffer, Zeros, set_messages
@@ -19,6 +22,7 @@ from silo.p2p.records import HandoverBody, VolumeSets, pack_set
 from silo.p2p.terms import Terms
 from silo.p2p.wire import ChunkFrame, Encoding
 from silo.volume import Volume
+from tests.support.migration import KeptMap
 from tests.support.volumes import CHUNK, chunks_with, make_volume, states
 
 MIGRATION = b"m" * 16
@@ -228,3 +232,25 @@ def test_heat_is_adopted():
 def test_marks_are_for_the_disk():
     """Every mark is a word that can be read in a record."""
     assert {mark.value for mark in Mark} == {"offered", "released", "handed", "evacuated"}
+
+
+async def test_no_flush_makes_the_map_durable_before_the_handover_is_settled() -> None:
+    """What was pushed may still be taken back, and a map that does not know that must not survive a power loss."""
+    states = bytearray([STORE] * 4)
+    kept = KeptMap(states)
+    group = Group("vm1", SystemClock(), is_open=False)
+    shape = Geometry(4 * CHUNK, CHUNK)
+    volume = group.add(
+        "disk", MemoryDevice(4 * CHUNK), shape, chunks=ChunkMap(states, shape.chunk_count), keeper=kept
+    )
+    installer = Installer(MIGRATION, [volume], PeerSource(["disk"]), SystemClock())
+    await installer.start_empty()
+    await installer.install(pushed(0, OLD))
+    await installer.install(pushed(1, NEW))
+    await volume.flush()
+    await invalidate(installer, 2, 0)
+    assert set(kept_of(kept.states)) == set(kept_of(bytes([STORE])))
+    await installer.apply(handover(volume, missing=[0], unsynced=[0, 1]))
+    installer.settle(handover(volume, missing=[0], unsynced=[0, 1]))
+    await volume.flush()
+    assert kept_of(kept.states).tolist() == kept_of(bytes([PEER, PRESENT, STORE, STORE])).tolist()

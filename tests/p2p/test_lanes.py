@@ -132,7 +132,8 @@ class Reordered:
                 there += 1
                 assert chunk not in self.missing
                 found = bytes(await self.volume.device.read(chunk * CHUNK, CHUNK))
-                assert found == content(chunk, self.version[chunk]), f"chunk {chunk} is an older one"
+                is_newest = found == content(chunk, self.version[chunk])
+                assert is_newest, f"chunk {chunk} is an older one"
             else:
                 assert chunk in self.missing, f"chunk {chunk} was acknowledged and is not there"
         return there

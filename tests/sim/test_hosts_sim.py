@@ -173,10 +173,12 @@ class Story:
             await self.guest.stop(self.wish)
             for name, volume in group.volumes.items():
                 content = bytes(await volume.read(0, volume.geometry.size))
-                assert content == bytes(self.guest.model[name]), f"{name} is not what was written"
+                is_whole = content == bytes(self.guest.model[name])
+                assert is_whole, f"{name} is not what was written"
             await group.sync_now()
             stored = await restored(self.store.clone().client(), self.clock, "vm1")
-            assert stored == {name: bytes(content) for name, content in self.guest.model.items()}
+            is_stored = stored == {name: bytes(content) for name, content in self.guest.model.items()}
+            assert is_stored, "what was stored is not what was written"  # spares everybody the difference
             async with asyncio.TaskGroup() as tasks:  # at once: a source waits for its target's last word
                 for machine in self.machines.values():
                     tasks.create_task(machine.end())

@@ -196,7 +196,8 @@ class Story:
         group = self.world.b.group
         for name, volume in group.volumes.items():
             content = bytes(await volume.read(0, volume.geometry.size))
-            assert content == bytes(self.guest.model[name]), f"{name} is not what was written"
+            is_whole = content == bytes(self.guest.model[name])
+            assert is_whole, f"{name} is not what was written"
 
     async def _check_store(self) -> None:
         """The first commits of the new owner cover everything."""

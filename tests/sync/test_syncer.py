@@ -317,6 +317,47 @@ async def test_left_over_uploads_never_bring_back_old_content(
 
 
 @simulated
+async def test_left_over_uploads_that_cannot_be_remembered_are_forgotten(
+    clock: SimulatedClock, expect_log: ExpectedLogs
+) -> None:
+    """No room for their map ends neither the syncer nor anything else, and nothing of them is ever referred to."""
+    expect_log("a cut was abandoned")
+    store = MemoryStore(clock)
+    group = make_group(clock, copies=CopyLimits(memory=0, spill=0))
+    async with syncing(store.client(), clock, group=group) as it:
+        await it.write(0, b"committed")
+        await it.syncer.sync_now()
+        await it.write(0, b"uploaded")
+        pending = it.syncer._committer._pending
+        carry_over, asked = pending.carry_over, []
+
+        def full() -> None:
+            asked.append(len(pending.segments))
+            raise CapacityError("there is no room for the map")
+
+        store.inject(FaultKind.HOLD, Verb.PUT_IF, key="*/segments/*")
+        async with asyncio.TaskGroup() as tasks:
+            sync = tasks.create_task(it.syncer.sync_now())
+            await store.wait_held()
+            assert it.group.cut is not None
+            it.syncer.hold("test")
+            store.release_held()
+            while it.syncer.status.phase is not SyncPhase.HELD:
+                await asyncio.sleep(0.1)
+            it.group.cut.overflow()
+            pending.carry_over = full  # type: ignore[method-assign]
+            await it.write(0, b"changed")
+            it.syncer.release_hold("test")
+            while not asked:
+                await asyncio.sleep(0.1)
+            assert not pending.segments
+            pending.carry_over = carry_over  # type: ignore[method-assign]
+            assert await sync == 2
+        assert asked == [1]
+        assert await restored(store.client(), clock) == it.image()
+
+
+@simulated
 async def test_a_fenced_syncer_stops_the_guest(clock: SimulatedClock, expect_log: ExpectedLogs) -> None:
     """After a forced claim elsewhere the next commit ends the guest's I/O with a clear error."""
     expect_log("belongs to another writer")
