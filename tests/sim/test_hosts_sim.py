@@ -340,11 +340,10 @@ class Machine:
         if self._process is None:
             return
         self._process.kill()
+        await self.story.guest.lose_host(self.name)  # before its requests fail: the dead tell nobody of that
+        self.group = None
         self._client.kill()
         self.story.network.crash(self.name, loses=self.story.chance.random() < 0.5)
-        if self.group is not None:
-            self.story.guest.lose_disks(self.group.group)
-            self.group = None
         self._bury()
         await asyncio.sleep(self.story.chance.uniform(0.0, 2.0))
         await self.start()

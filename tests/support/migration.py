@@ -327,6 +327,14 @@ class Guest:
             await self._changed.until(lambda: self._working is None)
             self.running.discard(host)
 
+    async def lose_host(self, host: str) -> None:
+        """As `lose_disks`, if it runs there or is just being stopped, and wait for the end of the request in flight."""
+        if host in self.running:
+            self._group = None
+            if self._working is not None:
+                self._working.cancel()
+            await self._changed.until(lambda: self._working is None)
+
     def lose_disks(self, group: Group) -> None:
         """The process that served them has died; the request in flight fails, the next one waits for a new process."""
         if self._group is group:
