@@ -144,11 +144,16 @@ async def live_guest(content: bytes, socket: Path, seed: int) -> AsyncIterator[L
     guest = LiveGuest(content, socket, seed)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        host, verb, *rest = (await reader.readline()).decode().split()
-        writer.write((await guest.obey(host, verb, rest[0] if rest else "")).encode() + b"\n")
-        with contextlib.suppress(OSError):
-            await writer.drain()
-        writer.close()
+        try:
+            line = await reader.readline()
+            if line.endswith(b"\n"):  # else the hook was killed with its daemon before it had said anything
+                host, verb, *rest = line.decode().split()
+                writer.write((await guest.obey(host, verb, rest[0] if rest else "")).encode() + b"\n")
+                await writer.drain()
+        except OSError:
+            pass  # the hook did not wait for the answer
+        finally:
+            writer.close()
 
     server = await asyncio.start_unix_server(serve, socket)
     async with asyncio.TaskGroup() as tasks:
