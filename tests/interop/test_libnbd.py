@@ -45,7 +45,7 @@ def connect(libnbd: ModuleType) -> Iterator[Open]:
 
     yield connect
     for handle in handles:
-        if not handle.aio_is_dead():
+        if handle.aio_is_ready():  # others have been hung up on
             handle.shutdown()
     handles.clear()
 
